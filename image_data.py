@@ -1,0 +1,220 @@
+"""The images: read from wherever they are, decoded once, cached, held as tensors.
+
+An epoch then needs no files and no worker processes.
+"""
+
+import dataclasses
+import hashlib
+import os
+import sys
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from timm.data import create_dataset
+from torch import Tensor
+from tqdm import tqdm
+
+from run_files import UserError, atomic_write
+
+CIFAR100_FINGERPRINT = "4734d03245d994a761d6feb843dc22d250ad01e13a1e824ea154be297ba6050a"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images and labels of both splits, decoded once, on one device.
+
+    Images are uint8 (N, 3, H, W), labels int64 (N,). Within a split they are ordered by label, then pixels,
+    so that every source of the same images gives the same tensors.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.train_images, self.train_labels, self.test_images, self.test_labels
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over class names, images and labels: the identity of what a run was trained on."""
+        digest = hashlib.sha256("\n".join(self.classes).encode())
+        for tensor in self.tensors:
+            digest.update(repr(tuple(tensor.shape)).encode())
+            digest.update(tensor.cpu().numpy())
+        return digest.hexdigest()
+
+    def to(self, device: torch.device) -> "Dataset":
+        return Dataset(self.name, self.classes, *(tensor.to(device) for tensor in self.tensors))
+
+    def train_subset(self, size: int) -> "Dataset":
+        """The same dataset with `size` training images, as evenly over the classes as they divide."""
+        rank_in_class = torch.zeros_like(self.train_labels)
+        for label in range(len(self.classes)):
+            members = self.train_labels == label
+            rank_in_class[members] = torch.arange(int(members.sum()))
+        keep = rank_in_class.argsort(stable=True)[:size].sort().values
+        return dataclasses.replace(self, train_images=self.train_images[keep], train_labels=self.train_labels[keep])
+
+
+def load_dataset(name: str, data_dir: Path, image_size: int = 32) -> Dataset:
+    """Read a dataset, from its cache in `data_dir` if there is one for the files as they are now.
+
+    Args:
+        name: `cifar100` (an image folder or torchvision's files in `data_dir`, else its download), `folder`
+            (an image folder, `{train,test}/<class>/<image>`) or `digits` (comes with scikit-learn).
+        data_dir: where the files are, or go.
+        image_size: side in pixels to which `folder` images are resized and centre-cropped.
+
+    Raises:
+        UserError: missing, incomplete or unreadable data.
+    """
+    if name == "digits":
+        return _read_digits()
+    is_folder = (data_dir / "train").is_dir() and (data_dir / "test").is_dir()
+    if name == "folder" and not is_folder:
+        raise UserError(
+            f"no images in {data_dir}: it should hold train/<class>/*.png and test/<class>/*.png (--data-dir)"
+        )
+    if not is_folder and not (data_dir / "cifar-100-python").is_dir():
+        _download_cifar100(data_dir)
+
+    listing = _listing(data_dir, ["train", "test"] if is_folder else ["cifar-100-python"])
+    cache = data_dir / f"{name}-{image_size}px.npz"
+    dataset = _read_cache(cache, name, listing)
+    if dataset is None:
+        dataset = _read_folder(name, data_dir, image_size) if is_folder else _read_torchvision(data_dir)
+        if name == "cifar100" and dataset.fingerprint != CIFAR100_FINGERPRINT:
+            raise UserError(
+                f"{data_dir} is not CIFAR-100: {len(dataset.train_labels)} training and {len(dataset.test_labels)} "
+                f"test images of {len(dataset.classes)} classes, not exactly its 50000, 10000 and 100; "
+                "use --dataset folder for other images, or another --data-dir"
+            )
+        _write_cache(cache, dataset, listing)
+    return dataset
+
+
+def _listing(root: Path, folders: list[str]) -> str:
+    """Hash of names, sizes and times of all files: changes when the images may have."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for parent, subfolders, files in os.walk(root / folder):
+            subfolders.sort()
+            for file in sorted(os.scandir(parent), key=lambda entry: entry.name) if files else ():
+                stat = file.stat()
+                digest.update(f"{os.path.relpath(file.path, root)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _read_cache(path: Path, name: str, listing: str) -> Dataset | None:
+    try:
+        with np.load(path) as arrays:
+            if str(arrays["listing"]) != listing:
+                return None
+            tensors = [
+                torch.from_numpy(arrays[key]) for key in ("train_images", "train_labels", "test_images", "test_labels")
+            ]
+            return Dataset(name, tuple(arrays["classes"].tolist()), *tensors)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None  # not there, or not whole: the images themselves are read again
+
+
+def _write_cache(path: Path, dataset: Dataset, listing: str) -> None:
+    arrays = dict(zip(("train_images", "train_labels", "test_images", "test_labels"), dataset.tensors, strict=True))
+    try:
+        with atomic_write(path) as file:
+            np.savez(
+                file, listing=listing, classes=np.array(dataset.classes), **{k: v.numpy() for k, v in arrays.items()}
+            )
+    except OSError as error:
+        print(f"warning: the decoded images are not cached, so every start decodes them: {error}", file=sys.stderr)
+
+
+def _sorted_dataset(name: str, classes: Sequence[str], splits: Sequence[tuple[np.ndarray, np.ndarray]]) -> Dataset:
+    """From (images (N, H, W, 3) uint8, labels (N,)) for train and test."""
+    tensors = []
+    for images, labels in splits:
+        order = sorted(range(len(labels)), key=lambda i: (labels[i], images[i].tobytes()))
+        tensors += [torch.from_numpy(images[order].transpose(0, 3, 1, 2).copy()), torch.from_numpy(labels[order])]
+    return Dataset(name, tuple(classes), *tensors)
+
+
+def _read_digits() -> Dataset:
+    """The 1,797 handwritten digits (8 x 8) that come with scikit-learn, enlarged to 16 x 16; every fifth is test."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = [Image.fromarray((image * 255 / 16).astype(np.uint8)) for image in digits.images]
+    images = np.stack(
+        [np.asarray(image.convert("RGB").resize((16, 16), Image.Resampling.BILINEAR)) for image in images]
+    )
+    labels, test = digits.target.astype(np.int64), np.arange(len(images)) % 5 == 0
+    return _sorted_dataset(
+        "digits", [str(i) for i in range(10)], [(images[~test], labels[~test]), (images[test], labels[test])]
+    )
+
+
+def _read_folder(name: str, data_dir: Path, image_size: int) -> Dataset:
+    splits, class_maps = [], []
+    for split in ("train", "test"):
+        try:
+            reader = create_dataset(
+                "", root=str(data_dir), split=split
+            ).reader  # the reader: the dataset skips bad files
+        except RuntimeError:
+            raise UserError(f"no images in {data_dir / split}: it should hold <class>/*.png (--data-dir)") from None
+        images = np.empty((len(reader), image_size, image_size, 3), np.uint8)
+        labels = np.empty(len(reader), np.int64)
+        for i in tqdm(range(len(reader)), f"decoding {split}", unit=" images", disable=None, leave=False):
+            try:
+                file, labels[i] = reader[i]
+                with file, Image.open(file) as image:
+                    image = image.convert("RGB")
+            except OSError as error:
+                raise UserError(f"cannot read the image {data_dir / split / reader.filename(i)}: {error}") from None
+            if image.size != (image_size, image_size):
+                image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
+            images[i] = np.asarray(image)
+        splits.append((images, labels))
+        class_maps.append(reader.class_to_idx)
+    if class_maps[0] != class_maps[1]:
+        odd = sorted(class_maps[0].keys() ^ class_maps[1].keys())
+        raise UserError(
+            f"train and test in {data_dir} differ in their class folders: {', '.join(odd[:5])} (--data-dir)"
+        )
+    return _sorted_dataset(name, list(class_maps[0]), splits)
+
+
+def _read_torchvision(data_dir: Path) -> Dataset:
+    from torchvision.datasets import CIFAR100
+
+    try:
+        train, test = (CIFAR100(str(data_dir), train=is_train) for is_train in (True, False))
+    except RuntimeError:
+        folder = data_dir / "cifar-100-python"
+        raise UserError(
+            f"{folder} is incomplete or damaged: delete it to download it again, or name another --data-dir"
+        ) from None
+    splits = [(split.data, np.array(split.targets, np.int64)) for split in (train, test)]
+    return _sorted_dataset("cifar100", train.classes, splits)
+
+
+def _download_cifar100(data_dir: Path) -> None:
+    from torchvision.datasets import CIFAR100
+
+    print(f"CIFAR-100 is not in {data_dir} (--data-dir): downloading it (169 MB)")
+    try:
+        CIFAR100(str(data_dir), download=True)
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong checksum is a RuntimeError
+        raise UserError(
+            f"CIFAR-100 is not in {data_dir} and could not be downloaded ({error}): point --data-dir at a folder "
+            "with cifar-100-python/ or {train,test}/<class>/*.png, or try --protocol smoke, which needs no download"
+        ) from None

@@ -1,0 +1,41 @@
+"""Files that are whole or not there, and the error that tells a person what to do about one."""
+
+import json
+import os
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can mend. The command line shows it as one line and exits with 2."""
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[typing.BinaryIO]:
+    """Open a file that appears under its name only once it is whole and on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
+    with atomic_write(path) as file:
+        file.write(safetensors.torch.save({name: tensor.contiguous() for name, tensor in weights.items()}))
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The `result.json` in a run's folder."""
+    try:
+        return json.loads((path / "result.json").read_bytes())
+    except ValueError:
+        raise UserError(f"{path / 'result.json'} is damaged: delete the folder to train this row again") from None
