@@ -1,0 +1,828 @@
+"""What the recipes share. Read it top to bottom: data, augmentation, objectives, settings, run.
+
+A recipe (`recipes/<row>.py`) says what is trained and on what objective. This module knows how: it puts the images on
+the device, augments whole batches there, trains, evaluates after every epoch, and leaves a folder of results that the
+same command resumes, reprints or builds upon. The models are in `cifar_models.py`, the metrics in `calibration.py`.
+"""
+
+import bisect
+import csv
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import platform
+import random
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import safetensors.torch
+import timm
+import torch
+import torch.nn.functional as F
+import tyro
+from PIL import Image
+from timm.data.auto_augment import AugmentOp, AugMixAugment
+from timm.data.mixup import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.task import LogitDistillationTask, TrainingTask
+from timm.task.distillation import DistillationTeacher
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from calibration import calibration_metrics, reliability_diagram
+from cifar_models import CIFAR_MEAN, CIFAR_STD
+from image_data import Dataset, load_dataset
+from run_files import UserError, atomic_write, read_result, save_weights
+
+ROOT = Path(__file__).resolve().parent
+
+
+# 1. Augmentation -----------------------------------------------------------------------------------------
+#
+# An augmentation takes a batch of raw images, uint8 (B, 3, H, W), with labels, int64 (B,), and returns what the
+# model and the objective see: normalised float images, and labels or soft targets. It draws from the global
+# generators of torch (on the CPU, so that every device sees the same views), numpy and random, which the run
+# seeds at the start of every epoch. Lengths are fractions of the image, so they hold at any size.
+
+
+def normalize(images: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) -> float32 with CIFAR's mean and standard deviation taken out."""
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (CIFAR_MEAN, CIFAR_STD))
+    return images.float().div_(255).sub_(mean).div_(std)
+
+
+class Standard:
+    """Random crop after zero padding, horizontal flip, rotation; each drawn per image. Then normalised.
+
+    All three are one gather: every output pixel is traced back through the operations, last one first, and is
+    black once it leaves the frame. Rotation is nearest-neighbour and agrees with PIL's to the pixel.
+
+    Args:
+        padding: zeros on each side before the crop, as a fraction of the image (4 of 32 pixels).
+        degrees: rotation is uniform in [-degrees, degrees].
+    """
+
+    order = ("crop", "flip", "rotate")
+
+    def __init__(self, padding: float = 1 / 8, degrees: float = 15.0):
+        self.padding, self.degrees = padding, degrees
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return normalize(self.warp(images, *self.draw(images))), labels
+
+    def draw(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Shift (2, B) in pixels, down and right; flip (B,) bool; angle (B,) float64 in degrees, anticlockwise."""
+        pad = round(self.padding * images.shape[-1])
+        shift = torch.randint(-pad, pad + 1, (2, len(images)))
+        flip = torch.rand(len(images)) < 0.5
+        angle = torch.empty(len(images), dtype=torch.float64).uniform_(-self.degrees, self.degrees)
+        return shift, flip, angle
+
+    def warp(self, images: Tensor, shift: Tensor, flip: Tensor, angle: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) -> the cropped, flipped and rotated images, likewise."""
+        b, _, h, w = images.shape
+        cos, sin = angle.deg2rad().cos(), angle.deg2rad().sin()
+        start_x = w / 2 - cos * (w - 1) / 2 + sin * (h - 1) / 2  # where output pixel (0, 0) comes from
+        start_y = h / 2 - sin * (w - 1) / 2 - cos * (h - 1) / 2
+        # 16.16 fixed point as in PIL, so that what lies on an edge falls to the same side as there
+        fixed = (torch.floor(v * 65536 + 0.5).long() for v in (cos, sin, start_x, start_y))
+        down, right, flip, cos, sin, start_x, start_y = (
+            t.view(b, 1, 1).to(images.device, non_blocking=True) for t in (*shift, flip, *fixed)
+        )
+        y, x = torch.meshgrid(*(torch.arange(n, device=images.device) for n in (h, w)), indexing="ij")
+        visible = torch.ones((), dtype=torch.bool, device=images.device)
+        for step in reversed(self.order):
+            if step == "crop":
+                y, x = y - down, x - right
+            elif step == "flip":
+                x = torch.where(flip, w - 1 - x, x)
+            else:
+                y, x = (start_y + sin * x + cos * y) >> 16, (start_x + cos * x - sin * y) >> 16
+            visible = visible & (x >= 0) & (x < w) & (y >= 0) & (y < h)
+        source = torch.where(visible, y * w + x, 0).view(b, 1, h * w).expand(-1, 3, -1)
+        return images.flatten(2).gather(2, source).view_as(images) * visible.unsqueeze(1)
+
+
+class Mix(Standard):
+    """Standard augmentation, then timm's `Mixup`: images paired within the batch, soft targets (B, num_classes).
+
+    Args:
+        num_classes: width of the targets.
+        mixup_alpha: MixUp (Zhang et al., 2018), lambda ~ Beta(alpha, alpha), one a batch. 0 switches it off.
+        cutmix_alpha: CutMix (Yun et al., 2019) instead, lambda ~ Beta(alpha, alpha), one box an image, the label
+            weights corrected to the area really pasted. 0 switches it off.
+    """
+
+    def __init__(self, num_classes: int, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0):
+        super().__init__()
+        mode = "elem" if cutmix_alpha else "batch"
+        self.mixup = Mixup(mixup_alpha, cutmix_alpha, mode=mode, label_smoothing=0.0, num_classes=num_classes)
+        self.mixup.mixup_enabled = mixup_alpha > 0 or cutmix_alpha > 0
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        even = len(images) // 2 * 2  # timm pairs images; where an epoch's last batch is odd, one sits out
+        return self.mixup(*super().__call__(images[:even], labels[:even]))
+
+
+class CutOut(Standard):
+    """Standard augmentation, then CutOut (DeVries & Taylor, 2017): one square hole, 0 after normalisation.
+
+    Its centre is uniform over the image and the border clips it. timm's `RandomErasing` keeps its rectangle inside,
+    so it erases on a canvas that is larger by the hole less one pixel, and the canvas is cut off again.
+
+    Args:
+        size: side of the hole, as a fraction of the image (16 of 32 pixels).
+    """
+
+    def __init__(self, size: float = 0.5):
+        super().__init__()
+        self.size = size
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        images, labels = super().__call__(images, labels)
+        h, w = images.shape[-2:]
+        hole = round(self.size * h)
+        before, after = hole // 2, hole - 1 - hole // 2
+        area = hole**2 / ((h + hole - 1) * (w + hole - 1))
+        erase = RandomErasing(1.0, area, area, min_aspect=1.0, max_aspect=1.0, device=images.device)
+        canvas = erase(F.pad(images, (before, after, before, after)))
+        return canvas[:, :, before : before + h, before : before + w].contiguous(), labels
+
+
+class AugMixOp(AugmentOp):
+    """A timm operation at a level drawn from U(0.1, severity) at each call, as AugMix's authors draw it."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        level = random.uniform(0.1, self.magnitude)
+        return self.aug_fn(image, *(self.level_fn(level, self.hparams) if self.level_fn else ()), **self.kwargs)
+
+
+class AugMix(Standard):
+    """AugMix (Hendrycks et al., 2020) through timm's `AugMixAugment`: returns (3 * B, 3, H, W), the clean view and
+    two augmented ones in turn, as timm's `JsdCrossEntropy` expects them; labels stay (B,).
+
+    Args:
+        severity: largest level of an operation, out of 10.
+        width: chains that are mixed.
+        depth: operations in a chain; -1 draws 1 to 3.
+        alpha: parameter of the Dirichlet and Beta weights.
+    """
+
+    order = ("rotate", "flip", "crop")  # as the original script has it for this row
+    operations = (
+        "AutoContrast", "Equalize", "PosterizeIncreasing", "Rotate", "SolarizeIncreasing",
+        "ShearX", "ShearY", "TranslateXRel", "TranslateYRel",
+    )  # fmt: skip
+
+    def __init__(self, severity: float = 3.0, width: int = 3, depth: int = -1, alpha: float = 1.0):
+        super().__init__()
+        hparams = dict(img_mean=(0, 0, 0), translate_pct=1 / 3, interpolation=Image.Resampling.BILINEAR)
+        ops = [AugMixOp(name, 1.0, severity, hparams) for name in self.operations]
+        self.augmix = AugMixAugment(ops, alpha, width, depth)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        clean = self.warp(images, *self.draw(images))
+        pictures = [Image.fromarray(array) for array in clean.permute(0, 2, 3, 1).cpu().numpy()]
+        views = np.stack([np.asarray(self.augmix(picture)) for _ in range(2) for picture in pictures])
+        views = torch.from_numpy(views).to(images.device).permute(0, 3, 1, 2)
+        return normalize(torch.cat([clean, views])), labels
+
+
+# 2. Objectives -------------------------------------------------------------------------------------------
+
+
+class Teacher(DistillationTeacher):
+    """One frozen teacher, or several whose logits are stacked: (B, 3, H, W) -> (B, K) or (teachers, B, K)."""
+
+    def __init__(self, *models: nn.Module):
+        super().__init__(models[0] if len(models) == 1 else StackedModels(models))
+        self.requires_grad_(False)
+
+    def normalize_input(self, input: Tensor, student_mean=None, student_std=None) -> Tensor:
+        """All models here share one normalisation; timm's comparison would stall a GPU at every step."""
+        return input
+
+
+class StackedModels(nn.ModuleList):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([model(x) for model in self])
+
+
+Reduction = Literal["add", "mean", "softmax_mean", "softmax_sum"]
+
+
+class EnsembleDistillationTask(LogitDistillationTask):
+    """Distillation from several teachers at once.
+
+    With KL_k = KL(softmax(z_k / T) || softmax(z / T)), a batch mean, the distillation loss is T^2 times
+
+    - `add`: sum_k KL_k
+    - `mean`: the mean of KL_k
+    - `softmax_mean`: KL of the mean of the softened teachers
+    - `softmax_sum`: the same with their sum for a target, which is no distribution, as the original script has it
+
+    The published report names the first three; each reduces to `LogitDistillationTask` for one teacher.
+    """
+
+    def __init__(self, student_model: nn.Module, teacher_model: Teacher, reduction: Reduction, **kwargs):
+        super().__init__(student_model, teacher_model, **kwargs)
+        self.reduction = reduction
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        output = self.trainable_module(input)
+        task_loss = self.criterion(output, target)
+        with torch.no_grad():
+            teachers = F.softmax(self.teacher(input) / self.temperature, dim=-1)
+            if self.reduction == "softmax_mean":
+                teachers = teachers.mean(0, keepdim=True)
+            elif self.reduction == "softmax_sum":
+                teachers = teachers.sum(0, keepdim=True)
+        student = F.log_softmax(output / self.temperature, dim=-1)
+        kd_loss = sum(F.kl_div(student, teacher, reduction="batchmean") for teacher in teachers) * self.temperature**2
+        if self.reduction == "mean":
+            kd_loss = kd_loss / len(teachers)
+        loss = self.task_loss_weight * task_loss + self.distill_loss_weight * kd_loss
+        return {"loss": loss, "output": output, "task_loss": task_loss, "kd_loss": kd_loss}
+
+
+# 3. Settings ---------------------------------------------------------------------------------------------
+
+
+class Protocol(typing.NamedTuple):
+    epochs: int
+    milestones: tuple[int, ...]
+    """epochs after which the learning rate is divided by 10"""
+    dataset: str
+
+
+PROTOCOLS = {
+    "paper": Protocol(500, (150, 180, 210), "cifar100"),
+    "short": Protocol(240, (150, 180, 210), "cifar100"),
+    "quick": Protocol(30, (19, 23, 27), "cifar100"),
+    "smoke": Protocol(8, (5, 6, 7), "digits"),
+}
+
+# A type's bound, in words and as a test; `resolve` holds every setting to it.
+Positive = typing.Annotated[float, "greater than 0", lambda v: 0 < v < math.inf]
+NonNegative = typing.Annotated[float, "0 or more", lambda v: 0 <= v < math.inf]
+Count = typing.Annotated[int, "1 or more", lambda v: v >= 1]
+Seed = typing.Annotated[int, "0 or more", lambda v: v >= 0]
+BatchSize = typing.Annotated[int, "2 or more", lambda v: v >= 2]  # batch norm and mixing need two
+Fraction = typing.Annotated[float, "above 0 and at most 1", lambda v: 0 < v <= 1]
+Severity = typing.Annotated[float, "from 0.1 to 10", lambda v: 0.1 <= v <= 10]
+Pixels = typing.Annotated[int, "16 or more", lambda v: v >= 16]
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Settings that a row hands on to the rows it builds upon."""
+
+    protocol: Literal["paper", "short", "quick", "smoke"] = "paper"
+    """how long to train: paper is 500 epochs, short 240, quick 30; smoke is 8 on the bundled digits"""
+    epochs: Count | None = None
+    """epochs, if not the protocol's; its milestones then keep their place in proportion"""
+    milestones: tuple[Count, ...] | None = None
+    """epochs after which the learning rate is divided by 10, if not the protocol's"""
+    seed: Seed = 0
+    """decides the initial weights, the order of the images and every augmentation"""
+    dataset: Literal["cifar100", "digits", "folder"] | None = None
+    """images to train on, if not the protocol's; folder is {train,test}/<class>/<image> in --data-dir"""
+    data_dir: Path = Path("data")
+    """where the images are; CIFAR-100 is downloaded there if it is not"""
+    image_size: Pixels = 32
+    """side to which the images of --dataset folder are resized"""
+    train_size: Count | None = None
+    """train on so many images only, spread evenly over the classes"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU if there is one"""
+    results_dir: Path = Path("results")
+    """where run folders go: <protocol>/<row>/seed<k>, or seed<k>-<hash> for settings that are not the row's own"""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """Weights & Biases: auto obeys WANDB_MODE, else is online where a key is configured and offline elsewhere"""
+    overwrite: bool = False
+    """start this row over, even if it is finished"""
+
+
+@dataclass(kw_only=True)
+class TrainConfig(Config):
+    """Settings of a row that trains. The optimiser is SGD, with weight decay on every parameter."""
+
+    lr: Positive
+    """learning rate at the start"""
+    batch_size: BatchSize
+    """images a step"""
+    momentum: NonNegative = 0.9
+    """momentum, without Nesterov's"""
+    weight_decay: NonNegative = 5e-4
+    """L2 penalty"""
+
+
+NOT_IDENTITY = {"protocol", "seed", "data_dir", "device", "results_dir", "wandb", "overwrite"}
+
+
+def resolve(cfg: Config) -> Config:
+    """Fill in what the protocol decides, and hold every setting to its type's bound.
+
+    Raises:
+        UserError: a value out of bounds; it names the flag and what it takes.
+    """
+
+    def bounds(hint) -> Iterator[tuple[str, Callable[[Any], bool]]]:
+        if hasattr(hint, "__metadata__"):
+            yield hint.__metadata__
+        for part in typing.get_args(hint):
+            yield from bounds(part)
+
+    for name, hint in typing.get_type_hints(type(cfg), include_extras=True).items():
+        value = getattr(cfg, name)
+        for text, holds in bounds(hint):
+            for v in value if isinstance(value, tuple) else (value,):
+                if v is not None and not holds(v):
+                    raise UserError(f"--{name.replace('_', '-')} must be {text}, not {v}")
+    protocol = PROTOCOLS[cfg.protocol]
+    epochs = cfg.epochs or protocol.epochs
+    in_proportion = tuple(math.ceil(m * epochs / protocol.epochs) for m in protocol.milestones)
+    return dataclasses.replace(
+        cfg, epochs=epochs, milestones=cfg.milestones or in_proportion, dataset=cfg.dataset or protocol.dataset
+    )
+
+
+def settings(cfg: Config) -> dict[str, Any]:
+    """The settings as JSON holds them."""
+    return json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
+
+
+def identity(cfg: Config) -> dict[str, Any]:
+    """The settings that decide a run's numbers, beside protocol, row and seed."""
+    return {k: v for k, v in settings(cfg).items() if k not in NOT_IDENTITY}
+
+
+def changes(cfg: Config) -> dict[str, Any]:
+    """What of a resolved `cfg`'s identity is not the row's own under the same protocol."""
+    own = identity(resolve(type(cfg)(protocol=cfg.protocol)))
+    return {k: v for k, v in identity(cfg).items() if v != own[k]}
+
+
+def seed_everything(seed: int, epoch: int) -> None:
+    """Seed torch, numpy and random from the pair alone, so that an epoch is the same however the run came to it."""
+    state = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    random.seed(state)
+    np.random.seed(state)
+    torch.manual_seed(state)
+
+
+@functools.lru_cache(maxsize=1)
+def _shared_dataset(
+    name: str, data_dir: Path, image_size: int, train_size: int | None, device: torch.device
+) -> Dataset:
+    """What the runs of one process train on: read and moved to the device once."""
+    dataset = load_dataset(name, data_dir, image_size)
+    if train_size and train_size > len(dataset.train_labels):
+        raise UserError(f"--train-size must be at most {len(dataset.train_labels)}, not {train_size}")
+    return (dataset.train_subset(train_size) if train_size else dataset).to(device)
+
+
+# 4. Run --------------------------------------------------------------------------------------------------
+
+
+def run_row(row: str, main: Callable, cfg: Config) -> dict[str, Any]:
+    """Train or evaluate one row, unless it is finished. Returns what its `result.json` holds."""
+    run = Run(row, cfg)
+    if cfg.overwrite:
+        run.forget()
+    if run.load_result() is None:
+        main(run.cfg, run)
+    return run.load_result()
+
+
+def load_recipe(row: str) -> Callable:
+    """The `main` of `recipes/<row>.py`."""
+    path = ROOT / "recipes" / f"{row}.py"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.py")))
+        raise UserError(f"there is no recipe {row}: it should be one of {known}, or the folder of a finished run")
+    spec = importlib.util.spec_from_file_location(f"recipes.{row}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def config_type(main: Callable) -> type[Config]:
+    """The settings a recipe's `main` takes."""
+    return typing.get_type_hints(main)["cfg"]
+
+
+class Run:
+    """One row with one seed: what a recipe's `main` builds its experiment with.
+
+    Attributes:
+        cfg: the settings, resolved.
+        path: the run's folder.
+        device: where everything lives.
+    """
+
+    def __init__(self, row: str, cfg: Config):
+        self.row, self.cfg = row, resolve(cfg)
+        self.changes = changes(self.cfg)
+        text = json.dumps(self.changes, sort_keys=True)
+        suffix = f"-{hashlib.sha256(text.encode()).hexdigest()[:8]}" if self.changes else ""
+        self.path = cfg.results_dir / cfg.protocol / row / f"seed{cfg.seed}{suffix}"
+        if cfg.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: torch sees no GPU here; --device cpu goes without")
+        self.device = torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
+        self.model_name: str | None = None  # what is trained; an ensemble trains nothing
+        self.sources: list[str] = []  # folders of the teachers or members
+
+    @functools.cached_property
+    def data(self) -> Dataset:
+        """The images, on the device."""
+        cfg = self.cfg
+        return _shared_dataset(cfg.dataset, cfg.data_dir, cfg.image_size, cfg.train_size, self.device)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.data.classes)
+
+    # What a recipe calls ---------------------------------------------------------------------------------
+
+    def create_model(self, name: str) -> nn.Module:
+        """A fresh timm model for the dataset's classes; its initial weights depend on the seed alone."""
+        seed_everything(self.cfg.seed, 0)
+        self.model_name = name
+        return timm.create_model(name, num_classes=self.num_classes)
+
+    def teacher(self, *rows: str) -> Teacher:
+        """The trained models of these rows, frozen, at their last epoch.
+
+        A row that is not there yet is trained first, by its own recipe, under this run's protocol, seed and data.
+        Instead of a row, the folder of a finished run will do.
+
+        Raises:
+            UserError: no such row, or trained on other classes or images.
+        """
+        return Teacher(*(self._load_model(self._finished(row, "model.safetensors")) for row in rows))
+
+    def fit(self, task: TrainingTask, augment: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        """Train `task.trainable_module`, evaluating it after every epoch, and write the run's folder."""
+        cfg, task = self.cfg, task.to(self.device, memory_format=torch.channels_last)
+        model = task.trainable_module
+        optimizer = torch.optim.SGD(model.parameters(), cfg.lr, cfg.momentum, weight_decay=cfg.weight_decay)
+        state = self._resume(model, optimizer)
+        tracker = Tracker(self, state["wandb_id"])
+        probabilities, n = None, len(self.data.train_labels)
+        if state["history"]:
+            print(f"resuming after epoch {len(state['history'])} of {cfg.epochs}")
+        bar = tqdm(total=cfg.epochs * n, initial=len(state["history"]) * n, unit="img", unit_scale=True, disable=None)
+        with bar:
+            for epoch in range(len(state["history"]) + 1, cfg.epochs + 1):
+                started = time.perf_counter()
+                lr = cfg.lr / 10 ** bisect.bisect_left(cfg.milestones, epoch)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                bar.set_description(f"epoch {epoch}/{cfg.epochs}")
+                loss = self._train_epoch(task, optimizer, augment, epoch, bar)
+                trained = time.perf_counter()
+                if not math.isfinite(loss):
+                    raise UserError(f"the loss is {loss} in epoch {epoch} at learning rate {lr:g}: try a smaller --lr")
+                probabilities = self.predict(model)
+                metrics = calibration_metrics(probabilities, self.data.test_labels)
+                seconds = time.perf_counter() - started
+                scores = {k: metrics.scores[k] for k in ("accuracy", "ece", "oe", "nll")}
+                state["history"].append({"epoch": epoch, "lr": lr, "train_loss": loss, **scores, "seconds": seconds})
+                state["train_seconds"] += trained - started
+                if not state["best"] or metrics.accuracy > state["best"]["accuracy"]:
+                    weights = {k: v.cpu().clone() for k, v in model.state_dict().items()}
+                    state["best"] = {"epoch": epoch, "accuracy": metrics.accuracy, "model": weights}
+                    state["best"]["probabilities"] = probabilities
+                self._save(state, model, optimizer)
+                speed = n / (trained - started)
+                bar.write(
+                    f"epoch {epoch:3d}/{cfg.epochs}  lr {lr:<7.2g} loss {loss:<8.4g} accuracy {metrics.accuracy:6.2%}  "
+                    f"ECE {metrics.ece:.4f}  OE {metrics.oe:.4f}  {speed:,.0f} images/s"
+                )
+                test = {f"test/{k}": v for k, v in metrics.scores.items()}
+                tracker.log({"epoch": epoch, "lr": lr, "train/loss": loss, "images_per_second": speed, **test})
+        if probabilities is None:  # killed between the last epoch and its result
+            probabilities = self.predict(model)
+        last = {"epoch": cfg.epochs, "probabilities": probabilities}
+        save_weights(self.path / "model.safetensors", model.state_dict())
+        save_weights(self.path / "best.safetensors", state["best"]["model"])
+        speed = {"train_seconds": state["train_seconds"], "images_per_second": n * cfg.epochs / state["train_seconds"]}
+        self._finish(state["best"], last, speed, tracker)
+        (self.path / "checkpoint.pt").unlink()
+
+    def ensemble(self, rows: Sequence[str], weights: Sequence[float]) -> None:
+        """Evaluate the weighted mean of the softmax outputs of finished rows: `best` of their best epochs, `last` of
+        their last. Members that are not there yet are trained first, as `teacher` does."""
+        if len(rows) != len(weights) or sum(weights) <= 0:
+            raise UserError(f"--weights takes {len(rows)} numbers, one for each of --members, not all 0")
+        mean = {}
+        for row, weight in zip(rows, weights, strict=True):
+            with np.load(self._finished(row, "probabilities.npz") / "probabilities.npz") as arrays:
+                for key in ("best", "last"):
+                    mean[key] = mean.get(key, 0) + arrays[key].astype(np.float64) * (weight / sum(weights))
+        best, last = ({"epoch": None, "probabilities": torch.from_numpy(mean[key]).float()} for key in ("best", "last"))
+        self._finish(best, last, {"train_seconds": 0.0, "images_per_second": None}, Tracker(self, secrets.token_hex(4)))
+
+    # How it is done --------------------------------------------------------------------------------------
+
+    def _train_epoch(self, task: TrainingTask, optimizer, augment: Callable, epoch: int, bar: tqdm) -> float:
+        """One pass over the training images in random order; returns the mean loss."""
+        seed_everything(self.cfg.seed, epoch)
+        task.train()
+        images, labels = self.data.train_images, self.data.train_labels
+        batches = torch.randperm(len(labels)).to(self.device).split(self.cfg.batch_size)
+        if len(batches[-1]) == 1:  # batch norm and mixing need two
+            batches = batches[:-1]
+        total, started = torch.zeros((), device=self.device), time.perf_counter()
+        for step, index in enumerate(batches, 1):
+            inputs, targets = augment(images[index], labels[index])
+            loss = task(inputs.contiguous(memory_format=torch.channels_last), targets)["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.detach() * len(index)
+            bar.update(len(index))
+            if self.device.type == "cpu":  # on a GPU, reading the loss would stall it
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                hours = (time.perf_counter() - started) / step * len(batches) * self.cfg.epochs / 3600
+                if epoch == 1 and step == 5 and hours > 1:
+                    bar.write(f"{self.row} will take about {hours:,.0f} h on this CPU; --protocol smoke takes a minute")
+        return total.item() / sum(map(len, batches))
+
+    @torch.inference_mode()
+    def predict(self, model: nn.Module, batch_size: int = 500) -> Tensor:
+        """Softmax outputs for the test images: float32 (N, classes), on the CPU."""
+        model.eval()
+        batches = (normalize(images) for images in self.data.test_images.split(batch_size))
+        logits = [model(batch.contiguous(memory_format=torch.channels_last)).float() for batch in batches]
+        return torch.cat(logits).softmax(1).cpu()
+
+    def load_result(self) -> dict[str, Any] | None:
+        """What `result.json` holds, or None if the run is not finished.
+
+        Raises:
+            UserError: the result is damaged, or was made with other settings or images.
+        """
+        if not (self.path / "result.json").is_file():
+            return None
+        result = read_result(self.path)
+        fingerprint = self.data.fingerprint if self.cfg.dataset == "folder" else result["fingerprint"]
+        self._check_identity(result["settings"], result["fingerprint"], fingerprint)
+        return result
+
+    def forget(self) -> None:
+        """Delete what the run has written."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _check_identity(self, other: dict[str, Any], other_fingerprint: str, fingerprint: str) -> None:
+        differ = [f"{k} {other[k]}, now {v}" for k, v in identity(self.cfg).items() if other.get(k, v) != v]
+        if other_fingerprint != fingerprint:
+            differ.append("other images")
+        if differ:
+            raise UserError(
+                f"{self.path} was made with {'; '.join(differ)}: --overwrite it, or choose another --results-dir"
+            )
+
+    def _finished(self, row: str, needed: str) -> Path:
+        """The folder of a finished run of `row` on this run's data that holds the file `needed`."""
+        path = Path(row)
+        if not (path / "result.json").is_file():
+            main = load_recipe(row)
+            handed_on = {field.name: getattr(self.cfg, field.name) for field in dataclasses.fields(Config)}
+            run = Run(row, config_type(main)(**{**handed_on, "overwrite": False}))
+            path = run.path
+            if run.load_result() is None or not (path / needed).is_file():
+                print(f"{self.row} needs {row}, which is not in {path} yet: training it first", flush=True)
+                (path / "result.json").unlink(missing_ok=True)
+                run_row(row, main, run.cfg)
+                print(f"{row} is finished: back to {self.row}", flush=True)
+        if not (path / needed).is_file():
+            raise UserError(f"{path} has a result.json but no {needed}")
+        result = read_result(path)
+        if result["classes"] != list(self.data.classes):
+            raise UserError(
+                f"{path} knows {len(result['classes'])} classes, not the {self.num_classes} of {self.cfg.dataset}"
+            )
+        if result["fingerprint"] != self.data.fingerprint:
+            raise UserError(f"{path} was trained on other images than {self.row} is: choose another --results-dir")
+        self.sources.append(str(path))
+        return path
+
+    def _load_model(self, path: Path) -> nn.Module:
+        model = timm.create_model(read_result(path)["model"], num_classes=self.num_classes)
+        try:
+            model.load_state_dict(safetensors.torch.load_file(path / "model.safetensors"))
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+            raise UserError(f"{path / 'model.safetensors'} cannot be used: {str(error).splitlines()[0]}") from None
+        return model
+
+    def _resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """What the last checkpoint holds, its weights and momenta put in place; or a fresh start."""
+        path = self.path / "checkpoint.pt"
+        if not path.is_file():
+            return {"history": [], "best": None, "train_seconds": 0.0, "wandb_id": secrets.token_hex(4)}
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            model.load_state_dict(state.pop("model"))
+            optimizer.load_state_dict(state.pop("optimizer"))
+        except Exception as error:  # torch raises many kinds for a file that is not whole
+            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{path} is damaged ({first_line}): delete it to start this run over") from None
+        self._check_identity(state["settings"], state["fingerprint"], self.data.fingerprint)
+        return state
+
+    def _save(self, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        progress = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        origin = {"settings": settings(self.cfg), "fingerprint": self.data.fingerprint}
+        with atomic_write(self.path / "checkpoint.pt") as file:
+            torch.save({**state, **progress, **origin}, file)
+        table = StringIO()
+        writer = csv.DictWriter(table, state["history"][0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(state["history"])
+        with atomic_write(self.path / "history.csv") as file:
+            file.write(table.getvalue().encode())
+
+    def _finish(self, best: dict[str, Any], last: dict[str, Any], speed: dict[str, Any], tracker: "Tracker") -> None:
+        """Write probabilities, diagram and, once all else is there, `result.json`."""
+        labels = self.data.test_labels.cpu()
+        metrics = {
+            name: calibration_metrics(run["probabilities"], labels) for name, run in (("best", best), ("last", last))
+        }
+        with atomic_write(self.path / "probabilities.npz") as file:
+            np.savez_compressed(file, best=best["probabilities"], last=last["probabilities"], labels=labels)
+        title = f"{self.row}, epoch {best['epoch']}" if best["epoch"] else self.row
+        with atomic_write(self.path / "reliability.png") as file:
+            reliability_diagram(metrics["best"], title).savefig(file, dpi=200)
+        result = {
+            "row": self.row,
+            "protocol": self.cfg.protocol,
+            "seed": self.cfg.seed,
+            "dataset": self.cfg.dataset,
+            "model": self.model_name,
+            "sources": self.sources,
+            "changes": self.changes,
+            "best": {"epoch": best["epoch"], **metrics["best"].scores},
+            "last": {"epoch": last["epoch"], **metrics["last"].scores},
+            "published": published(self.row, self.changes),
+            **speed,
+            "hardware": hardware(self.device),
+            "versions": versions(),
+            "settings": settings(self.cfg),
+            "classes": list(self.data.classes),
+            "fingerprint": self.data.fingerprint,
+        }
+        with atomic_write(self.path / "result.json") as file:
+            file.write(json.dumps(result, indent=2).encode())
+        tracker.finish(result, self.path / "reliability.png")
+
+
+class Tracker:
+    """The run in Weights & Biases. Whatever goes wrong there costs a warning, never the run."""
+
+    def __init__(self, run: Run, run_id: str):
+        self.wandb_run = None
+        mode = run.cfg.wandb if run.cfg.wandb != "auto" else os.environ.get("WANDB_MODE")
+        if mode == "disabled":
+            return
+        with self._never_fatal():
+            import wandb
+
+            mode = mode or ("online" if wandb.login(prompt=False) else "offline")
+            run.path.mkdir(parents=True, exist_ok=True)
+            self.wandb_run = wandb.init(
+                project="calibrated-distillation",
+                group=run.row,
+                name=f"{run.row}-{run.cfg.protocol}-s{run.cfg.seed}",
+                tags=[run.cfg.protocol, run.cfg.dataset],
+                config={**settings(run.cfg), "row": run.row, "published": published(run.row, run.changes)},
+                id=run_id,
+                resume="allow",
+                mode=mode,
+                dir=run.path,
+                settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+            )
+            self.wandb_run.define_metric("*", step_metric="epoch")
+
+    def log(self, values: dict[str, float]) -> None:
+        if self.wandb_run:
+            with self._never_fatal():
+                self.wandb_run.log(values)
+
+    def finish(self, result: dict[str, Any], diagram: Path) -> None:
+        if self.wandb_run:
+            with self._never_fatal():
+                import wandb
+
+                self.wandb_run.log({"reliability": wandb.Image(str(diagram))})
+                for name in ("best", "last"):
+                    self.wandb_run.summary.update({f"{name}/{k}": v for k, v in result[name].items()})
+                self.wandb_run.finish()
+
+    @contextmanager
+    def _never_fatal(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            print(f"warning: not tracked by Weights & Biases: {error}", file=sys.stderr)
+            self.wandb_run = None
+
+
+# 5. Facts about a run ------------------------------------------------------------------------------------
+
+
+def published(row: str, changes: dict[str, Any]) -> dict[str, float | None] | None:
+    """The published numbers of a row, from `results/published.csv`; those of its variant where it has some."""
+    with open(ROOT / "results" / "published.csv", newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["row"] == row]
+    for wanted in (changes, {}):
+        for line in lines:
+            if json.loads(line["changes"] or "{}") == wanted:
+                return {k: float(line[k]) if line[k] else None for k in ("accuracy", "ece", "oe", "best_epoch")}
+    return None
+
+
+def hardware(device: torch.device) -> str:
+    """The name of what the run was computed on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"model name\s*: (.*)", cpuinfo)
+    return f"{model[1] if model else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str | None]:
+    """What the numbers depend on: interpreter, libraries, and the commit (`+` where files differ from it)."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--match=", "--dirty=+"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        commit = None
+    libraries = {"torch": torch.__version__, "timm": timm.__version__, "numpy": np.__version__}
+    return {"python": platform.python_version(), **libraries, "cuda": torch.version.cuda, "commit": commit}
+
+
+# 6. Command line -----------------------------------------------------------------------------------------
+
+
+def cli(main: Callable[[Config, Run], None]) -> None:
+    """Run a recipe's `main` as the row its file is named for, with settings from the command line."""
+    row = Path(main.__code__.co_filename).stem
+    try:
+        cfg = parse(config_type(main), sys.modules[main.__module__].__doc__)
+        result = run_row(row, main, cfg)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped: the same command goes on from the last finished epoch", file=sys.stderr)
+        sys.exit(130)
+    print(summary(result, Run(row, cfg).path))
+
+
+def parse(config: type[Config], description: str | None = None, args: Sequence[str] | None = None) -> Config:
+    """Settings from a command line.
+
+    Raises:
+        UserError: what tyro says is wrong, in one line.
+    """
+    captured = StringIO()
+    try:
+        with redirect_stderr(captured):
+            return tyro.cli(config, description=description, args=args, config=(tyro.conf.FlagCreatePairsOff,))
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        text = " ".join(line.strip("│ ") for line in captured.getvalue().splitlines() if line.startswith("│"))
+        text = re.split("Got errors:|Argument helptext:|For full helptext", text)[0]
+        text = re.sub(r"─+ Perhaps you meant: (\S+).*", r"(did you mean \1?)", text)
+        raise UserError(text.strip("─ ")) from None
+
+
+def summary(result: dict[str, Any], path: Path) -> str:
+    """The row as people read it: accuracy in percent, published and ours, and where the files are."""
+    lines = [f"{result['row']}, protocol {result['protocol']}, seed {result['seed']}, {result['dataset']}"]
+    lines.append(f"{'':22}{'accuracy':>10}{'ECE':>9}{'OE':>9}")
+    for name in ("published", "best", "last"):
+        if numbers := result[name]:
+            epoch = numbers.get("best_epoch") or numbers.get("epoch")
+            label = name + (f" (epoch {epoch:.0f})" if epoch else "")
+            lines.append(f"{label:22}{numbers['accuracy']:>9.2%} {numbers['ece']:>9.4f}{numbers['oe']:>9.4f}")
+    return "\n".join([*lines, f"result   {path / 'result.json'}", f"diagram  {path / 'reliability.png'}"])
