@@ -1,11 +1,15 @@
 """Calibration of a classifier, in numbers and in a picture."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+MAX_TEMPERATURE = 100.0  # and its inverse: beyond, a fit has no minimum (all right, or no better than chance)
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,12 @@ class CalibrationMetrics:
     @property
     def scores(self) -> dict[str, float]:
         return {name: getattr(self, name) for name in ("accuracy", "ece", "oe", "nll", "brier")}
+
+    @property
+    def bins_csv(self) -> str:
+        """The bins as CSV: what the reliability diagram is drawn from, so that it can be without the predictions."""
+        bins = zip(self.bin_count.tolist(), self.bin_accuracy.tolist(), self.bin_confidence.tolist(), strict=True)
+        return "".join(["count,accuracy,confidence\n", *(f"{n},{a:.6g},{c:.6g}\n" for n, a, c in bins)])
 
 
 def calibration_metrics(
@@ -89,6 +99,152 @@ def calibration_metrics(
         bin_accuracy=bin_accuracy.cpu(),
         bin_confidence=bin_confidence.cpu(),
     )
+
+
+def adaptive_ece(probabilities: Tensor, labels: Tensor, n_bins: int = 15) -> float:
+    """ECE over bins that hold equally many images: sum_b n_b / n * |a_b - c_b| as in `calibration_metrics`.
+
+    The edges are the quantiles of the confidence (Nguyen & O'Connor, 2015; "AdaECE" of Mukhoti et al., 2020, sec. 2).
+    Equal confidences stay in one bin, so that the order of the images makes no difference.
+
+    Args:
+        probabilities: float (n, classes).
+        labels: int64 (n,).
+    """
+    confidence, prediction = probabilities.double().max(1)
+    edges = confidence.quantile(torch.arange(1, n_bins, dtype=torch.float64, device=confidence.device) / n_bins)
+    return _summed_gap(torch.bucketize(confidence, edges), confidence - (prediction == labels).double()) / len(labels)
+
+
+def classwise_ece(probabilities: Tensor, labels: Tensor, n_bins: int = 15) -> float:
+    """Classwise ECE (Kull et al., 2019, eq. 2; "static calibration error" of Nixon et al., 2019, eq. 3).
+
+    1 / K * sum_k sum_b n_bk / n * |share of class k - mean p_k|, over the n_bk images whose p_k falls into bin b of
+    M bins of equal width over (0, 1]. Unlike ECE it looks at every class's probability, not the largest one's alone.
+
+    Args:
+        probabilities: float (n, classes).
+        labels: int64 (n,).
+    """
+    n, classes = probabilities.shape
+    p = probabilities.double()
+    edges = torch.arange(1, n_bins, dtype=torch.float64, device=p.device) / n_bins
+    bins = torch.bucketize(p, edges) + n_bins * torch.arange(classes, device=p.device)
+    gap = p - torch.nn.functional.one_hot(labels, classes)
+    return _summed_gap(bins.flatten(), gap.flatten()) / (n * classes)
+
+
+def _summed_gap(bins: Tensor, gap: Tensor) -> float:
+    """sum_b |sum of the gaps in bin b|, which is sum_b n_b |a_b - c_b| without the two divisions by n_b."""
+    return torch.bincount(bins, gap).abs().sum().item()
+
+
+def fit_temperature(probabilities: Tensor, labels: Tensor) -> float:
+    """The temperature T of softmax(log p / T) with the least NLL (Guo et al., 2017, sec. 4.2), in [0.01, 100].
+
+    Softmax outputs do for logits: log p is the logits less a constant of each image, which the softmax takes out
+    again. The NLL is convex in 1 / T, so the zero of its derivative there is the minimum:
+
+        d NLL / d(1 / T) = mean of (sum_k q_k log p_k - log p_label),  q = softmax(log p / T)
+
+    Args:
+        probabilities: float (n, classes); a probability of 0 counts as the smallest normal number of its dtype.
+        labels: int64 (n,).
+    """
+    from scipy.optimize import brentq
+
+    logits = _log(probabilities)
+    target = logits.gather(1, labels[:, None]).mean().item()
+
+    def slope(log_temperature: float) -> float:
+        q = (logits / np.exp(log_temperature)).softmax(1)
+        return torch.linalg.vecdot(q, logits).mean().item() - target
+
+    low, high = -np.log(MAX_TEMPERATURE), np.log(MAX_TEMPERATURE)
+    if slope(low) <= 0:
+        return 1 / MAX_TEMPERATURE
+    if slope(high) >= 0:
+        return MAX_TEMPERATURE
+    return float(np.exp(brentq(slope, low, high, xtol=1e-6)))
+
+
+def scale_temperature(probabilities: Tensor, temperature: float) -> Tensor:
+    """softmax(log p / temperature), float64 of the shape given: p^(1 / T), normalised."""
+    return (_log(probabilities) / temperature).softmax(1)
+
+
+def _log(probabilities: Tensor) -> Tensor:
+    return probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).double().log()
+
+
+def calibration_scores(
+    probabilities: Tensor, labels: Tensor, validation: tuple[Tensor, Tensor] | None = None
+) -> dict[str, Any]:
+    """All that a run reports of one set of predictions, as they are and after temperature scaling.
+
+    Without `validation`, scaling is cross-fitted: the temperature is fitted on every second image of each class and
+    measured on the others, then the other way round, and the two measurements are averaged (each is over half of the
+    images, where a binned error is biased upwards a little more than over all of them). With it, the temperature is
+    fitted there, once, and measured on all images.
+
+    Args:
+        probabilities: float (n, classes), n at least 2; float32 as stored, so that they give the same numbers later.
+        labels: integers (n,).
+        validation: probabilities and labels likewise, of images that were not trained on.
+
+    Returns:
+        accuracy, ece and oe (100 bins), nll, brier, ece_15, adaptive_ece and classwise_ece (15 bins);
+        `temperatures`, the two fitted ones or the one; and `scaled`, the same after scaling but for the accuracy,
+        which stays.
+
+    Raises:
+        ValueError: as `calibration_metrics`.
+    """
+    scores = _all_scores(probabilities, labels)  # first, for it checks the input
+    if validation:
+        temperatures = [fit_temperature(*validation)]
+        scaled = [_all_scores(scale_temperature(probabilities, *temperatures), labels)]
+    else:
+        order = labels.argsort(stable=True)
+        halves = [(probabilities[half], labels[half]) for half in (order[::2], order[1::2])]
+        temperatures = [fit_temperature(*half) for half in reversed(halves)]
+        scaled = [
+            _all_scores(scale_temperature(p, temperature), y)
+            for (p, y), temperature in zip(halves, temperatures, strict=True)
+        ]
+    return {
+        **scores,
+        "temperatures": temperatures,
+        "scaled": {name: sum(part[name] for part in scaled) / len(scaled) for name in scores if name != "accuracy"},
+    }
+
+
+def scores_of_run(arrays: Mapping[str, Tensor | np.ndarray]) -> dict[str, dict[str, Any]]:
+    """`calibration_scores` of every set of predictions in a run's `probabilities.npz`.
+
+    Args:
+        arrays: `labels` and test probabilities under `best` and `last`; with --val-size also under `selected`, and
+            the validation images' at the same epoch in `val` and `val_labels`, which that one is scaled by.
+
+    Raises:
+        ValueError: as `calibration_metrics`.
+    """
+    arrays = {name: torch.as_tensor(arrays[name]) for name in arrays}
+    validation = (arrays["val"], arrays["val_labels"]) if "selected" in arrays else None
+    return {
+        name: calibration_scores(arrays[name], arrays["labels"], validation if name == "selected" else None)
+        for name in ("best", "last", "selected")
+        if name in arrays
+    }
+
+
+def _all_scores(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
+    return {
+        **calibration_metrics(probabilities, labels).scores,
+        "ece_15": calibration_metrics(probabilities, labels, n_bins=15).ece,
+        "adaptive_ece": adaptive_ece(probabilities, labels),
+        "classwise_ece": classwise_ece(probabilities, labels),
+    }
 
 
 def reliability_diagram(metrics: CalibrationMetrics, title: str = "", path: Path | None = None, drawn_bins: int = 20):

@@ -24,7 +24,7 @@ import sys
 import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -35,7 +35,6 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-import tyro
 from PIL import Image
 from timm.data.auto_augment import AugmentOp, AugMixAugment
 from timm.data.mixup import Mixup
@@ -45,10 +44,11 @@ from timm.task.distillation import DistillationTeacher
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from calibration import calibration_metrics, reliability_diagram
+from calibration import calibration_metrics, reliability_diagram, scores_of_run
 from cifar_models import CIFAR_MEAN, CIFAR_STD
+from command_line import parse
 from image_data import Dataset, load_dataset
-from run_files import UserError, atomic_write, read_result, save_weights
+from run_files import UserError, atomic_write, read_published, read_result, save_weights
 
 ROOT = Path(__file__).resolve().parent
 
@@ -309,6 +309,8 @@ class Config:
     """side to which the images of --dataset folder are resized"""
     train_size: Count | None = None
     """train on so many images only, spread evenly over the classes"""
+    val_size: Count | None = None
+    """hold out so many training images: the epoch `selected` and its temperature are chosen on them"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU if there is one"""
     results_dir: Path = Path("results")
@@ -389,10 +391,12 @@ def seed_everything(seed: int, epoch: int) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _shared_dataset(
-    name: str, data_dir: Path, image_size: int, train_size: int | None, device: torch.device
+    name: str, data_dir: Path, image_size: int, train_size: int | None, val: tuple | None, device: torch.device
 ) -> Dataset:
-    """What the runs of one process train on: read and moved to the device once."""
+    """What the runs of one process train on: read and moved to the device once. `val` is (size, seed)."""
     dataset = load_dataset(name, data_dir, image_size)
+    if val:
+        dataset = dataset.hold_out(*val)
     if train_size and train_size > len(dataset.train_labels):
         raise UserError(f"--train-size must be at most {len(dataset.train_labels)}, not {train_size}")
     return (dataset.train_subset(train_size) if train_size else dataset).to(device)
@@ -453,7 +457,8 @@ class Run:
     def data(self) -> Dataset:
         """The images, on the device."""
         cfg = self.cfg
-        return _shared_dataset(cfg.dataset, cfg.data_dir, cfg.image_size, cfg.train_size, self.device)
+        val = (cfg.val_size, cfg.seed) if cfg.val_size else None
+        return _shared_dataset(cfg.dataset, cfg.data_dir, cfg.image_size, cfg.train_size, val, self.device)
 
     @property
     def num_classes(self) -> int:
@@ -500,45 +505,58 @@ class Run:
                 trained = time.perf_counter()
                 if not math.isfinite(loss):
                     raise UserError(f"the loss is {loss} in epoch {epoch} at learning rate {lr:g}: try a smaller --lr")
-                probabilities = self.predict(model)
+                probabilities, val_probabilities = self.predict(model, self.data.test_images), None
                 metrics = calibration_metrics(probabilities, self.data.test_labels)
+                accuracies, val = {"best": metrics.accuracy}, {}  # what an epoch is chosen by
+                if cfg.val_size:
+                    val_probabilities = self.predict(model, self.data.val_images)
+                    val = calibration_metrics(val_probabilities, self.data.val_labels).scores
+                    accuracies["selected"] = val["accuracy"]
                 seconds = time.perf_counter() - started
                 scores = {k: metrics.scores[k] for k in ("accuracy", "ece", "oe", "nll")}
+                scores |= {f"val_{k}": val[k] for k in scores if val}
                 state["history"].append({"epoch": epoch, "lr": lr, "train_loss": loss, **scores, "seconds": seconds})
                 state["train_seconds"] += trained - started
-                if not state["best"] or metrics.accuracy > state["best"]["accuracy"]:
-                    weights = {k: v.cpu().clone() for k, v in model.state_dict().items()}
-                    state["best"] = {"epoch": epoch, "accuracy": metrics.accuracy, "model": weights}
-                    state["best"]["probabilities"] = probabilities
+                for name, accuracy in accuracies.items():
+                    if not state.get(name) or accuracy > state[name]["accuracy"]:
+                        weights = {k: v.cpu().clone() for k, v in model.state_dict().items()}
+                        state[name] = {"epoch": epoch, "accuracy": accuracy, "model": weights}
+                        state[name] |= {"probabilities": probabilities, "val_probabilities": val_probabilities}
                 self._save(state, model, optimizer)
                 speed = n / (trained - started)
                 bar.write(
                     f"epoch {epoch:3d}/{cfg.epochs}  lr {lr:<7.2g} loss {loss:<8.4g} accuracy {metrics.accuracy:6.2%}  "
                     f"ECE {metrics.ece:.4f}  OE {metrics.oe:.4f}  {speed:,.0f} images/s"
                 )
-                test = {f"test/{k}": v for k, v in metrics.scores.items()}
+                test = {f"test/{k}": v for k, v in metrics.scores.items()} | {f"val/{k}": v for k, v in val.items()}
                 tracker.log({"epoch": epoch, "lr": lr, "train/loss": loss, "images_per_second": speed, **test})
         if probabilities is None:  # killed between the last epoch and its result
-            probabilities = self.predict(model)
-        last = {"epoch": cfg.epochs, "probabilities": probabilities}
+            probabilities = self.predict(model, self.data.test_images)
+        choices = {"best": state["best"], "last": {"epoch": cfg.epochs, "probabilities": probabilities}}
+        if cfg.val_size:
+            choices["selected"] = state["selected"]
+            save_weights(self.path / "selected.safetensors", state["selected"]["model"])
         save_weights(self.path / "model.safetensors", model.state_dict())
         save_weights(self.path / "best.safetensors", state["best"]["model"])
         speed = {"train_seconds": state["train_seconds"], "images_per_second": n * cfg.epochs / state["train_seconds"]}
-        self._finish(state["best"], last, speed, tracker)
+        self._finish(choices, speed, tracker)
         (self.path / "checkpoint.pt").unlink()
 
     def ensemble(self, rows: Sequence[str], weights: Sequence[float]) -> None:
         """Evaluate the weighted mean of the softmax outputs of finished rows: `best` of their best epochs, `last` of
-        their last. Members that are not there yet are trained first, as `teacher` does."""
+        their last, `selected` of those. Members that are not there yet are trained first, as `teacher` does."""
         if len(rows) != len(weights) or sum(weights) <= 0:
             raise UserError(f"--weights takes {len(rows)} numbers, one for each of --members, not all 0")
-        mean = {}
+        mean, names = {}, ("best", "last", "selected", "val") if self.cfg.val_size else ("best", "last")
         for row, weight in zip(rows, weights, strict=True):
             with np.load(self._finished(row, "probabilities.npz") / "probabilities.npz") as arrays:
-                for key in ("best", "last"):
+                for key in names:
                     mean[key] = mean.get(key, 0) + arrays[key].astype(np.float64) * (weight / sum(weights))
-        best, last = ({"epoch": None, "probabilities": torch.from_numpy(mean[key]).float()} for key in ("best", "last"))
-        self._finish(best, last, {"train_seconds": 0.0, "images_per_second": None}, Tracker(self, secrets.token_hex(4)))
+        mean = {key: torch.from_numpy(value).float() for key, value in mean.items()}
+        choices = {key: {"epoch": None, "probabilities": mean[key]} for key in names if key != "val"}
+        if self.cfg.val_size:
+            choices["selected"]["val_probabilities"] = mean["val"]
+        self._finish(choices, {"train_seconds": 0.0, "images_per_second": None}, Tracker(self, secrets.token_hex(4)))
 
     # How it is done --------------------------------------------------------------------------------------
 
@@ -567,10 +585,10 @@ class Run:
         return total.item() / sum(map(len, batches))
 
     @torch.inference_mode()
-    def predict(self, model: nn.Module, batch_size: int = 500) -> Tensor:
-        """Softmax outputs for the test images: float32 (N, classes), on the CPU."""
+    def predict(self, model: nn.Module, images: Tensor, batch_size: int = 500) -> Tensor:
+        """Softmax outputs for uint8 (N, 3, H, W) images: float32 (N, classes), on the CPU."""
         model.eval()
-        batches = (normalize(images) for images in self.data.test_images.split(batch_size))
+        batches = (normalize(batch) for batch in images.split(batch_size))
         logits = [model(batch.contiguous(memory_format=torch.channels_last)).float() for batch in batches]
         return torch.cat(logits).softmax(1).cpu()
 
@@ -660,17 +678,24 @@ class Run:
         with atomic_write(self.path / "history.csv") as file:
             file.write(table.getvalue().encode())
 
-    def _finish(self, best: dict[str, Any], last: dict[str, Any], speed: dict[str, Any], tracker: "Tracker") -> None:
-        """Write probabilities, diagram and, once all else is there, `result.json`."""
-        labels = self.data.test_labels.cpu()
-        metrics = {
-            name: calibration_metrics(run["probabilities"], labels) for name, run in (("best", best), ("last", last))
-        }
+    def _finish(self, choices: dict[str, dict[str, Any]], speed: dict[str, Any], tracker: "Tracker") -> None:
+        """Write probabilities, diagram and, once all else is there, `result.json`.
+
+        `choices` are the epochs that are reported: `best` on the test images, as published, `last` and, with
+        --val-size, `selected`. Each has `epoch` and `probabilities`, the last one `val_probabilities` too.
+        """
+        arrays = {name: choice["probabilities"] for name, choice in choices.items()}
+        arrays["labels"] = self.data.test_labels.cpu()
+        if "selected" in choices:
+            arrays["val"], arrays["val_labels"] = choices["selected"]["val_probabilities"], self.data.val_labels.cpu()
+        scores = scores_of_run(arrays)
+        metrics, epoch = calibration_metrics(arrays["best"], arrays["labels"]), choices["best"]["epoch"]
         with atomic_write(self.path / "probabilities.npz") as file:
-            np.savez_compressed(file, best=best["probabilities"], last=last["probabilities"], labels=labels)
-        title = f"{self.row}, epoch {best['epoch']}" if best["epoch"] else self.row
+            np.savez_compressed(file, **arrays)
+        with atomic_write(self.path / "reliability.csv") as file:
+            file.write(metrics.bins_csv.encode())
         with atomic_write(self.path / "reliability.png") as file:
-            reliability_diagram(metrics["best"], title).savefig(file, dpi=200)
+            reliability_diagram(metrics, f"{self.row}, epoch {epoch}" if epoch else self.row).savefig(file, dpi=200)
         result = {
             "row": self.row,
             "protocol": self.cfg.protocol,
@@ -679,8 +704,7 @@ class Run:
             "model": self.model_name,
             "sources": self.sources,
             "changes": self.changes,
-            "best": {"epoch": best["epoch"], **metrics["best"].scores},
-            "last": {"epoch": last["epoch"], **metrics["last"].scores},
+            **{name: {"epoch": choice["epoch"], **scores[name]} for name, choice in choices.items()},
             "published": published(self.row, self.changes),
             **speed,
             "hardware": hardware(self.device),
@@ -732,7 +756,7 @@ class Tracker:
                 import wandb
 
                 self.wandb_run.log({"reliability": wandb.Image(str(diagram))})
-                for name in ("best", "last"):
+                for name in {"best", "last", "selected"} & result.keys():
                     self.wandb_run.summary.update({f"{name}/{k}": v for k, v in result[name].items()})
                 self.wandb_run.finish()
 
@@ -750,13 +774,9 @@ class Tracker:
 
 def published(row: str, changes: dict[str, Any]) -> dict[str, float | None] | None:
     """The published numbers of a row, from `results/published.csv`; those of its variant where it has some."""
-    with open(ROOT / "results" / "published.csv", newline="") as file:
-        lines = [line for line in csv.DictReader(file) if line["row"] == row]
-    for wanted in (changes, {}):
-        for line in lines:
-            if json.loads(line["changes"] or "{}") == wanted:
-                return {k: float(line[k]) if line[k] else None for k in ("accuracy", "ece", "oe", "best_epoch")}
-    return None
+    lines = {json.dumps(line["changes"]): line for line in read_published() if line["row"] == row}
+    line = next((line for line in lines.values() if line["changes"] == changes), lines.get("{}"))
+    return line and {name: line[name] for name in ("accuracy", "ece", "oe", "best_epoch")}
 
 
 def hardware(device: torch.device) -> str:
@@ -797,31 +817,12 @@ def cli(main: Callable[[Config, Run], None]) -> None:
     print(summary(result, Run(row, cfg).path))
 
 
-def parse(config: type[Config], description: str | None = None, args: Sequence[str] | None = None) -> Config:
-    """Settings from a command line.
-
-    Raises:
-        UserError: what tyro says is wrong, in one line.
-    """
-    captured = StringIO()
-    try:
-        with redirect_stderr(captured):
-            return tyro.cli(config, description=description, args=args, config=(tyro.conf.FlagCreatePairsOff,))
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        text = " ".join(line.strip("│ ") for line in captured.getvalue().splitlines() if line.startswith("│"))
-        text = re.split("Got errors:|Argument helptext:|For full helptext", text)[0]
-        text = re.sub(r"─+ Perhaps you meant: (\S+).*", r"(did you mean \1?)", text)
-        raise UserError(text.strip("─ ")) from None
-
-
 def summary(result: dict[str, Any], path: Path) -> str:
     """The row as people read it: accuracy in percent, published and ours, and where the files are."""
     lines = [f"{result['row']}, protocol {result['protocol']}, seed {result['seed']}, {result['dataset']}"]
     lines.append(f"{'':22}{'accuracy':>10}{'ECE':>9}{'OE':>9}")
-    for name in ("published", "best", "last"):
-        if numbers := result[name]:
+    for name in ("published", "best", "last", "selected"):
+        if numbers := result.get(name):
             epoch = numbers.get("best_epoch") or numbers.get("epoch")
             label = name + (f" (epoch {epoch:.0f})" if epoch else "")
             lines.append(f"{label:22}{numbers['accuracy']:>9.2%} {numbers['ece']:>9.4f}{numbers['oe']:>9.4f}")

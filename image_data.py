@@ -29,7 +29,8 @@ class Dataset:
     """Images and labels of both splits, decoded once, on one device.
 
     Images are uint8 (N, 3, H, W), labels int64 (N,). Within a split they are ordered by label, then pixels,
-    so that every source of the same images gives the same tensors.
+    so that every source of the same images gives the same tensors. Validation images are there only once `hold_out`
+    has taken them from the training images.
     """
 
     name: str
@@ -38,10 +39,13 @@ class Dataset:
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
+    val_images: Tensor | None = None
+    val_labels: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.train_images, self.train_labels, self.test_images, self.test_labels
+        held_out = () if self.val_images is None else (self.val_images, self.val_labels)
+        return self.train_images, self.train_labels, self.test_images, self.test_labels, *held_out
 
     @property
     def fingerprint(self) -> str:
@@ -63,6 +67,29 @@ class Dataset:
             rank_in_class[members] = torch.arange(int(members.sum()))
         keep = rank_in_class.argsort(stable=True)[:size].sort().values
         return dataclasses.replace(self, train_images=self.train_images[keep], train_labels=self.train_labels[keep])
+
+    def hold_out(self, size: int, seed: int) -> "Dataset":
+        """The same dataset with `size` training images held out for validation: drawn by `seed`, classes in proportion.
+
+        Raises:
+            UserError: there are fewer images, or classes that would have none on either side.
+        """
+        from sklearn.model_selection import train_test_split
+
+        images, labels = self.train_images, self.train_labels
+        try:
+            train, val = train_test_split(
+                np.arange(len(labels)), test_size=size, stratify=labels.cpu().numpy(), random_state=seed
+            )
+        except ValueError:
+            raise UserError(
+                f"--val-size {size} cannot be held out: {len(labels)} training images of {len(self.classes)} classes "
+                "have to leave at least one a class for either side"
+            ) from None
+        train, val = (torch.from_numpy(index).sort().values for index in (train, val))
+        return dataclasses.replace(
+            self, train_images=images[train], train_labels=labels[train], val_images=images[val], val_labels=labels[val]
+        )
 
 
 def load_dataset(name: str, data_dir: Path, image_size: int = 32) -> Dataset:

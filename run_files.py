@@ -1,5 +1,6 @@
 """Files that are whole or not there, and the error that tells a person what to do about one."""
 
+import csv
 import json
 import os
 import typing
@@ -10,6 +11,8 @@ from typing import Any
 
 import safetensors.torch
 from torch import Tensor
+
+PUBLISHED = Path(__file__).resolve().parent / "results" / "published.csv"
 
 
 class UserError(Exception):
@@ -39,3 +42,21 @@ def read_result(path: Path) -> dict[str, Any]:
         return json.loads((path / "result.json").read_bytes())
     except ValueError:
         raise UserError(f"{path / 'result.json'} is damaged: delete the folder to train this row again") from None
+
+
+def read_published() -> list[dict[str, Any]]:
+    """The published table, line by line in its order, from `results/published.csv`.
+
+    A line has row, changes (the settings that differ from the row's own, as in `result.json`; {} for the row itself),
+    table, technique, source, and as float or None accuracy, ece, oe (fractions; 100 bins) and best_epoch.
+    """
+    numbers = ("accuracy", "ece", "oe", "best_epoch")
+    with open(PUBLISHED, newline="") as file:
+        return [
+            {
+                **line,
+                "changes": json.loads(line["changes"] or "{}"),
+                **{name: float(line[name]) if line[name] else None for name in numbers},
+            }
+            for line in csv.DictReader(file)
+        ]

@@ -1,0 +1,163 @@
+"""The metrics beside the published ones, against netcal, torchmetrics, scipy, plain loops and cases done by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from netcal.metrics import ECE
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
+from torchmetrics.classification import MulticlassCalibrationError
+
+from calibration import (
+    adaptive_ece,
+    calibration_scores,
+    classwise_ece,
+    fit_temperature,
+    scale_temperature,
+    scores_of_run,
+)
+
+
+def predictions(n=1000, classes=10, sharpness=3.0, seed=0):
+    """Logits (n, classes) float64, overconfident where sharpness is above 1, and labels (n,)."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(n, classes))
+    labels = (logits + rng.gumbel(size=logits.shape)).argmax(1)  # the labels follow softmax(logits) exactly
+    return sharpness * logits, labels
+
+
+def tensors(logits, labels):
+    return torch.from_numpy(softmax(logits, 1)), torch.from_numpy(labels)
+
+
+@pytest.fixture
+def predicted():
+    return tensors(*predictions())
+
+
+def test_ece_at_15_bins_is_that_of_torchmetrics(predicted):
+    oracle = MulticlassCalibrationError(num_classes=10, n_bins=15, norm="l1")(predicted[0].float(), predicted[1])
+    assert calibration_scores(*predicted)["ece_15"] == pytest.approx(oracle.item(), abs=1e-6)
+
+
+def test_adaptive_ece_is_that_of_netcal_and_of_a_loop_over_quantiles(predicted):
+    p, labels = (t.numpy() for t in predicted)
+    assert adaptive_ece(*predicted) == pytest.approx(ECE(15, equal_intervals=False).measure(p, labels), abs=1e-6)
+    confidence, correct = p.max(1), p.argmax(1) == labels
+    total = 0.0
+    for members in np.array_split(confidence.argsort(), 15):
+        total += len(members) / len(p) * abs(confidence[members].mean() - correct[members].mean())
+    assert adaptive_ece(*predicted) == pytest.approx(total, abs=2e-3)  # bins differ by an image at an edge
+
+
+def test_adaptive_ece_by_hand():
+    # two bins of two images: accuracy 1/2 at confidence 0.65, and 1 at 0.9
+    p = torch.tensor([[0.6, 0.4], [0.7, 0.3], [0.1, 0.9], [0.1, 0.9]], dtype=torch.float64)
+    assert adaptive_ece(p, torch.tensor([0, 1, 1, 1]), n_bins=2) == pytest.approx(0.5 * 0.15 + 0.5 * 0.1)
+
+
+def test_adaptive_ece_knows_no_order_of_equal_confidences():
+    p = torch.tensor([[0.9, 0.1]] * 10)
+    for labels in ([0] * 5 + [1] * 5, [0, 1] * 5):
+        assert adaptive_ece(p, torch.tensor(labels), n_bins=3) == pytest.approx(0.4, abs=1e-6)
+
+
+def test_classwise_ece_is_that_of_a_loop_over_classes_and_bins(predicted):
+    p, labels = (t.numpy() for t in predicted)
+    total = 0.0
+    for k in range(10):
+        for b in range(15):
+            inside = (p[:, k] > b / 15) & (p[:, k] <= (b + 1) / 15)
+            if inside.any():
+                total += inside.mean() * abs(p[inside, k].mean() - (labels[inside] == k).mean())
+    assert classwise_ece(*predicted) == pytest.approx(total / 10, abs=1e-12)
+
+
+def test_classwise_ece_by_hand():
+    # class 0: p 0.8 twice, right once -> 0.3; class 1: p 0.2 twice, right once -> 0.3
+    p, labels = torch.tensor([[0.8, 0.2], [0.8, 0.2]]), torch.tensor([0, 1])
+    assert classwise_ece(p, labels) == pytest.approx(0.3, abs=1e-6)
+    assert classwise_ece(torch.eye(3), torch.arange(3)) == 0
+
+
+@pytest.mark.parametrize("sharpness", [0.3, 1.0, 3.0, 12.0])
+def test_temperature_is_that_of_scipys_minimiser_on_the_logits(sharpness):
+    logits, labels = predictions(sharpness=sharpness)
+
+    def nll(log_temperature):
+        return -log_softmax(logits / math.exp(log_temperature), 1)[np.arange(len(labels)), labels].mean()
+
+    oracle = math.exp(minimize_scalar(nll, bounds=(-4, 4), method="bounded", options={"xatol": 1e-8}).x)
+    assert fit_temperature(*tensors(logits, labels)) == pytest.approx(oracle, rel=1e-5)
+    assert oracle == pytest.approx(sharpness, rel=0.1)  # the labels were drawn at sharpness 1
+
+
+def test_temperature_from_stored_float32_is_that_from_float64(predicted):
+    p, labels = predicted
+    assert fit_temperature(p.float(), labels) == pytest.approx(fit_temperature(p, labels), rel=1e-5)
+
+
+def test_temperature_stays_in_bounds_where_there_is_no_minimum():
+    p = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
+    assert fit_temperature(p, torch.tensor([0, 1])) == 0.01  # all right: the sharper the better
+    assert fit_temperature(p, torch.tensor([1, 0])) == 100  # all wrong: the flatter the better
+    assert 1 < fit_temperature(torch.eye(2)[[0, 1, 0]], torch.tensor([0, 1, 1])) <= 100  # probabilities of 0 and 1
+
+
+def test_scaling_probabilities_is_scaling_logits():
+    logits, labels = predictions()
+    p, _ = tensors(logits, labels)
+    assert torch.allclose(scale_temperature(p, 2.5), torch.from_numpy(softmax(logits / 2.5, 1)), atol=1e-12)
+    assert torch.allclose(scale_temperature(p, 1.0), p, atol=1e-12)
+
+
+def test_cross_fitting_measures_each_half_at_the_temperature_of_the_other(predicted):
+    p, labels = predicted
+    order = np.argsort(labels.numpy(), kind="stable")
+    folds = [torch.from_numpy(order[0::2].copy()), torch.from_numpy(order[1::2].copy())]
+    temperatures = [fit_temperature(p[i], labels[i]) for i in folds]
+    scores = calibration_scores(p, labels)
+    assert scores["temperatures"] == temperatures[::-1]
+    pairs = zip(folds, temperatures[::-1], strict=True)
+    halves = [calibration_scores(scale_temperature(p[i], t), labels[i]) for i, t in pairs]
+    assert scores["scaled"].keys() == {"ece", "oe", "nll", "brier", "ece_15", "adaptive_ece", "classwise_ece"}
+    for name, value in scores["scaled"].items():
+        assert value == pytest.approx((halves[0][name] + halves[1][name]) / 2, abs=1e-12)
+        assert value < scores[name]  # they were three times too sharp
+
+
+def test_halves_hold_each_class_whatever_the_order_of_the_images(predicted):
+    p, labels = predicted
+    by_label = labels.argsort(stable=True)
+    sorted_scores = calibration_scores(p[by_label], labels[by_label])
+    assert sorted_scores["temperatures"] == pytest.approx(calibration_scores(p, labels)["temperatures"])
+    assert sorted_scores["temperatures"] == pytest.approx([3, 3], rel=0.15)
+
+
+def test_validation_images_decide_the_temperature_where_there_are_some(predicted):
+    validation = tensors(*predictions(sharpness=2.0, seed=1))
+    scores = calibration_scores(*predicted, validation)
+    assert scores["temperatures"] == [fit_temperature(*validation)]
+    expected = calibration_scores(scale_temperature(predicted[0], scores["temperatures"][0]), predicted[1])
+    assert scores["scaled"]["nll"] == pytest.approx(expected["nll"], abs=1e-12)
+    assert scores["scaled"]["classwise_ece"] == pytest.approx(expected["classwise_ece"], abs=1e-12)
+
+
+def test_scores_of_run_takes_what_the_file_holds(predicted, tmp_path):
+    p, labels = predicted
+    other = tensors(*predictions(sharpness=2.0, seed=1))
+    arrays = {"best": p, "last": p.flip(0), "labels": labels}
+    assert scores_of_run(arrays).keys() == {"best", "last"}
+    np.savez(tmp_path / "p.npz", **arrays, selected=p, val=other[0], val_labels=other[1])
+    with np.load(tmp_path / "p.npz") as stored:
+        scores = scores_of_run(stored)
+    assert scores["best"] == calibration_scores(p, labels)
+    assert scores["last"] == calibration_scores(p.flip(0), labels)
+    assert scores["selected"] == calibration_scores(p, labels, other)
+
+
+def test_bad_probabilities_are_refused(predicted):
+    with pytest.raises(ValueError, match="sum to one"):
+        calibration_scores(predicted[0] * 2, predicted[1])
