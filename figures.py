@@ -1,0 +1,255 @@
+"""The figures of a report: PNG and SVG, seeds aggregated, told apart by shape and lightness and so legible in grey.
+
+They are the same to the byte wherever the same versions draw them: no dates, no random names.
+"""
+
+from collections.abc import Callable, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
+
+from run_files import atomic_write
+
+if TYPE_CHECKING:
+    from report import Row
+
+BLUE, PALE_BLUE, RED, GREY = "#2c5784", "#9dbbd8", "#b3293f", "0.72"
+STYLE = {
+    "font.size": 7.5,
+    "axes.titlesize": 6.3,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.1,
+    "hatch.linewidth": 0.5,
+    "legend.frameon": False,
+    "svg.hashsalt": "calibrated-distillation",
+}
+WIDTH = 7.0  # inches: the text of a two-column page
+
+
+def draw(rows: "Sequence[Row]", folder: Path) -> list[str]:
+    """Draw every figure that there are results for.
+
+    Args:
+        rows: lines of the table, in its order, with their runs; those without runs show in the published points only.
+        folder: where the files go.
+
+    Returns:
+        The names of the files.
+    """
+    done = [row for row in rows if row.runs]
+    with_bins = [row for row in done if all(run.bins for run in row.runs)]
+    teachers = [row for row in with_bins if row.row.startswith("teacher")]
+    students = [row for row in with_bins if row not in teachers]
+    trained = [row for row in done if all(run.history for run in row.runs)]
+    names = []
+    with matplotlib.rc_context(STYLE):
+        for name, shown, plot in (
+            ("reliability_teachers", teachers, reliability),
+            ("reliability_students", students, reliability),
+            ("accuracy_ece", rows if done else [], accuracy_ece),
+            ("training_accuracy", trained, lambda shown: training(shown, "accuracy")),
+            ("training_ece", trained, lambda shown: training(shown, "ece")),
+            ("confidence", with_bins, confidence),
+        ):
+            if shown:
+                names += _save(plot(shown), folder / name)
+    return names
+
+
+def _save(figure: Figure, path: Path) -> list[str]:
+    names = []
+    for suffix, options in ((".png", {"dpi": 200}), (".svg", {"metadata": {"Date": None}})):
+        buffer = BytesIO()
+        figure.savefig(buffer, format=suffix[1:], **options)
+        with atomic_write(path.with_suffix(suffix)) as file:
+            file.write(buffer.getvalue())
+        names.append(path.name + suffix)
+    return names
+
+
+def _panels(rows: "Sequence[Row]", columns: int, height: float, plot: "Callable[[Axes, Row], None]") -> Figure:
+    """One panel a row of the table, `height` inches each, axis labels on the outside only."""
+    columns = min(columns, len(rows))
+    n_lines = -(-len(rows) // columns)
+    width = WIDTH * max(columns, 2) / max(columns, 4)
+    figure = Figure(figsize=(width, n_lines * height + 0.45), layout="constrained")
+    panels = figure.subplots(n_lines, columns, sharex=True, sharey=True, squeeze=False)
+    for i, axes in enumerate(panels.flat):
+        if i >= len(rows):
+            axes.remove()
+            continue
+        axes.set_title(rows[i].row)
+        plot(axes, rows[i])
+        axes.tick_params(labelbottom=i + columns >= len(rows))
+    return figure
+
+
+def _mean_sd(row: "Row", metric: str, digits: int = 4) -> str:
+    statistic = row.statistic("best", metric)
+    return f"{statistic.mean:.{digits}f}" + (f" ± {statistic.sd:.{digits}f}" if statistic.sd is not None else "")
+
+
+def _pooled_bins(row: "Row", drawn: int = 20) -> np.ndarray:
+    """Counts, right answers and summed confidence (3, drawn) over the test images of all seeds at the best epoch."""
+    total = 0
+    for run in row.runs:
+        count, accuracy, confidence = (np.array([b[k] for b in run.bins]) for k in ("count", "accuracy", "confidence"))
+        total = total + np.stack([count, count * accuracy, count * confidence])
+    return total.reshape(3, drawn, -1).sum(2)
+
+
+def reliability(rows: "Sequence[Row]") -> Figure:
+    """Reliability diagrams (Guo et al., 2017, fig. 1) side by side: accuracy over confidence in 20 bins."""
+
+    def plot(axes: Axes, row: "Row") -> None:
+        count, correct, confident = _pooled_bins(row)
+        filled = count > 0
+        centers = ((np.arange(len(count)) + 0.5) / len(count))[filled]
+        accuracy, confidence = correct[filled] / count[filled], confident[filled] / count[filled]
+        bar = {"width": 1 / len(count), "linewidth": 0.4}
+        axes.bar(centers, accuracy, color=PALE_BLUE, edgecolor="white", **bar)
+        gap = {"facecolor": "none", "edgecolor": RED, "hatch": "//////"}
+        axes.bar(centers, confidence - accuracy, bottom=accuracy, **gap, **bar)
+        axes.plot([0, 1], [0, 1], "--", color="0.2", linewidth=0.8)
+        axes.set_title(f"{row.row}\nECE {_mean_sd(row, 'ece')}\nOE {_mean_sd(row, 'oe')}")
+        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+
+    figure = _panels(rows, *((5, 1.7) if len(rows) > 6 else (3, 2.0)), plot)
+    figure.supxlabel("Confidence", fontsize=8)
+    figure.supylabel("Accuracy", fontsize=8)
+    handles = [
+        Patch(facecolor=PALE_BLUE, label="accuracy"),
+        Patch(facecolor="none", edgecolor=RED, hatch="//////", label="gap to confidence"),
+        Line2D([], [], color="0.2", linestyle="--", linewidth=0.8, label="perfect calibration"),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3)
+    return figure
+
+
+def confidence(rows: "Sequence[Row]") -> Figure:
+    """How confident each row is: the share of test images over confidence, beside mean confidence and accuracy."""
+
+    def plot(axes: Axes, row: "Row") -> None:
+        count, correct, confident = _pooled_bins(row)
+        edges = np.linspace(0, 1, len(count) + 1)
+        axes.stairs(count / count.sum(), edges, fill=True, color=GREY)
+        axes.axvline(correct.sum() / count.sum(), color=BLUE, linewidth=1.3)
+        axes.axvline(confident.sum() / count.sum(), color=RED, linewidth=1.3, linestyle=(0, (2, 1)))
+        axes.set(xlim=(0, 1), xticks=(0, 0.5, 1))
+
+    figure = _panels(rows, 4, 1.25, plot)
+    figure.supxlabel("Confidence", fontsize=8)
+    figure.supylabel("Share of test images", fontsize=8)
+    handles = [
+        Patch(color=GREY, label="images"),
+        Line2D([], [], color=BLUE, linewidth=1.3, label="mean accuracy"),
+        Line2D([], [], color=RED, linewidth=1.3, linestyle=(0, (2, 1)), label="mean confidence"),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3)
+    return figure
+
+
+def training(rows: "Sequence[Row]", metric: str) -> Figure:
+    """A test metric over the epochs: each row's mean and range over its seeds, before all the others in grey."""
+    curves = {}
+    for row in rows:
+        n_epochs = min(len(run.history) for run in row.runs)
+        curves[row.label] = np.array([[epoch[metric] for epoch in run.history[:n_epochs]] for run in row.runs])
+    scale = 100 if metric == "accuracy" else 1
+
+    def plot(axes: Axes, row: "Row") -> None:
+        for label, values in curves.items():
+            if label != row.label:
+                axes.plot(np.arange(1, values.shape[1] + 1), scale * values.mean(0), color="0.82", linewidth=0.5)
+        values = scale * curves[row.label]
+        epochs = np.arange(1, values.shape[1] + 1)
+        lr = [epoch["lr"] for epoch in row.runs[0].history]
+        for epoch in range(1, len(epochs)):
+            if lr[epoch] != lr[epoch - 1]:
+                axes.axvline(epoch + 0.5, color="0.6", linewidth=0.5, linestyle=":")
+        axes.fill_between(epochs, values.min(0), values.max(0), color=BLUE, alpha=0.25, linewidth=0)
+        axes.plot(epochs, values.mean(0), color=BLUE)
+        if (published := row.published.get(metric)) is not None:
+            axes.axhline(scale * published, color=RED, linewidth=0.8, linestyle="--")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+
+    figure = _panels(rows, 5, 1.3, plot)
+    figure.supxlabel("Epoch", fontsize=8)
+    figure.supylabel("Test accuracy, %" if metric == "accuracy" else "Test ECE, 100 bins", fontsize=8)
+    handles = [
+        Line2D([], [], color=BLUE, label="mean and range over seeds"),
+        Line2D([], [], color="0.75", linewidth=0.8, label="other rows"),
+        Line2D([], [], color=RED, linewidth=0.8, linestyle="--", label="published, best epoch"),
+        Line2D([], [], color="0.6", linewidth=0.8, linestyle=":", label="learning rate / 10"),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=4)
+    return figure
+
+
+def accuracy_ece(rows: "Sequence[Row]") -> Figure:
+    """Accuracy against ECE: hollow marks are published, filled ones ours at the best epoch, an arrow from one to the
+    other. Numbers stand for the rows, for names would not find room."""
+    tables = list(dict.fromkeys(row.table for row in rows))
+    figure = Figure(figsize=(WIDTH, 4.3), layout="constrained")
+    axes = figure.subplots()
+    points, labels, handles = [], [], []
+    for i, row in enumerate(rows, 1):
+        style = {"marker": "o^sD"[tables.index(row.table) % 4], "markersize": 4.5, "color": BLUE, "linestyle": ""}
+        numbers = [row.published.get(metric) for metric in ("accuracy", "ece")]
+        theirs = None if None in numbers else (100 * numbers[0], numbers[1])
+        if theirs:
+            axes.plot(*theirs, **style, markerfacecolor="white", markeredgewidth=0.8, zorder=3)
+            points.append(theirs)
+        if row.runs:
+            accuracy, ece = (row.statistic("best", metric) for metric in ("accuracy", "ece"))
+            ours = (100 * accuracy.mean, ece.mean)
+            bars = {"xerr": 100 * accuracy.sd, "yerr": ece.sd} if accuracy.sd is not None else {}
+            axes.errorbar(*ours, **bars, **style, elinewidth=0.6, zorder=4)
+            points.append(ours)
+            if theirs:
+                arrow = {"arrowstyle": "-|>", "mutation_scale": 6, "linewidth": 0.5, "color": "0.55", "shrinkB": 3}
+                axes.annotate("", ours, theirs, arrowprops=arrow, zorder=2)
+        labels.append((str(i), points[-1]))
+        handles.append(Line2D([], [], **style, label=f"{i}  {row.row}"))
+        if not row.runs:
+            handles[-1].set_markerfacecolor("white")
+    axes.margins(0.06)
+    axes.set(xlabel="Test accuracy, %", ylabel="ECE, 100 bins")
+    axes.grid(color="0.92", linewidth=0.5)
+    axes.set_axisbelow(True)
+    title = "hollow: published\nfilled: ours, best epoch"
+    figure.legend(handles=handles, loc="outside right upper", title=title, alignment="left", labelspacing=0.6)
+    _place_labels(figure, axes, labels, points)
+    return figure
+
+
+def _place_labels(figure: Figure, axes: Axes, labels: Sequence[tuple[str, tuple]], points: Sequence[tuple]) -> None:
+    """Write each label where it is clear of all marks and of the labels before it: near its point, or led to it."""
+    figure.draw_without_rendering()  # constrained layout moves the axes; after that, pixels mean something
+    to_pixels, pixel = axes.transData, figure.dpi / 72
+    taken = [to_pixels.transform(point) for point in points]
+    angles = np.pi / 4 * np.array([1, 3, 7, 5, 2, 0, 4, 6])
+    for text, point in labels:
+        origin = to_pixels.transform(point)
+        spots = [origin + r * pixel * np.array([np.cos(a), np.sin(a)]) for r in (8, 14, 21, 30, 40) for a in angles]
+        spot = max(spots, key=lambda spot: min([np.hypot(*(spot - other)) for other in taken] + [8 * pixel]))
+        taken.append(spot)
+        offset = (spot - origin) / pixel
+        far = np.hypot(*offset) > 10
+        lead = {"arrowstyle": "-", "linewidth": 0.4, "color": "0.3", "shrinkA": 0, "shrinkB": 2} if far else None
+        axes.annotate(
+            text, point, offset, textcoords="offset points", ha="center", va="center", fontsize=6.5, arrowprops=lead,
+            zorder=5, path_effects=[withStroke(linewidth=1.8, foreground="white")],
+        )  # fmt: skip

@@ -1,0 +1,602 @@
+"""Turn results/ into tables and figures.
+
+Every finished run of a protocol goes into results/<protocol>/table.md and table.csv, results/<protocol>/figures/ and
+the terminal; the table of the protocol that stands highest goes into README.md, between its two markers.
+"""
+
+import csv
+import hashlib
+import json
+import re
+import statistics
+import sys
+import textwrap
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from io import StringIO
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from command_line import parse
+from run_files import UserError, atomic_write, read_published, read_result
+
+ROOT = Path(__file__).resolve().parent
+STANDING = ("paper", "short", "quick")  # README.md shows the first of these that has results; smoke is no table
+MARKERS = ("<!-- table:begin -->", "<!-- table:end -->")
+
+CHOICES = ("best", "last", "selected")
+PUBLISHED = {"accuracy": 0.005, "ece": 0.015, "oe": 0.015}  # metric: the difference that is marked with one seed
+FURTHER = {
+    "ece_15": "ECE, 15 bins",
+    "adaptive_ece": "adaptive ECE",
+    "classwise_ece": "classwise ECE",
+    "nll": "NLL",
+    "brier": "Brier",
+}
+
+
+@dataclass(kw_only=True)
+class Config:
+    protocol: str | None = None
+    """report this protocol only; without it, all that have results"""
+    results_dir: Path = Path("results")
+    """where the run folders are, and tables and figures go"""
+    recompute: bool = False
+    """first compute the metrics of every run anew, from its probabilities.npz, into its result.json"""
+    check: bool = False
+    """write nothing, but exit with 1 and name the rows whose table, figure or README.md is older than their results"""
+    readme: Path | None = None
+    """file whose table is refreshed; without it README.md, for the repository's own results only"""
+
+
+# 1. Runs -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its `result.json`, the epochs of its `history.csv` and the bins of its `reliability.csv`.
+
+    Either of the latter is empty where there is no such file: an ensemble has no history, an older run no bins.
+    """
+
+    result: dict[str, Any]
+    history: list[dict[str, float]]
+    bins: list[dict[str, float]]
+    digest: str
+    """SHA-256 of the three files, the same whatever the machine's line ends"""
+
+
+def read_run(path: Path) -> Run:
+    """Read the run in a folder.
+
+    Raises:
+        UserError: a file is damaged, or lacks what a report needs; it names the file.
+    """
+    result, file = read_result(path), path / "result.json"
+    valid = True
+    try:
+        seed, name = result["seed"], f"{result['protocol']}/{result['row']}/seed{result['seed']}"
+        for choice in CHOICES:
+            if choice in result or choice != "selected":
+                valid = valid and all(0 <= result[choice][metric] <= 1 for metric in PUBLISHED)
+        valid = valid and isinstance(result["changes"], dict) and isinstance(seed, int)
+    except (KeyError, TypeError):
+        valid = False
+    if not valid:
+        raise UserError(f"{file} is not a whole result: delete the folder to train this row again")
+    if not f"{path.parent.parent.name}/{path.parent.name}/{path.name}-".startswith(f"{name}-"):
+        raise UserError(f"{file} is the result of {name}: it lies in the wrong folder")
+    digest = hashlib.sha256(_bytes(file))
+    tables = []
+    for name in ("history.csv", "reliability.csv"):
+        text = _bytes(path / name) if (path / name).is_file() else b""
+        digest.update(text)
+        try:
+            lines = csv.DictReader(StringIO(text.decode()), strict=True)
+            tables.append([{key: float(value) for key, value in line.items()} for line in lines])
+        except (ValueError, TypeError, csv.Error):
+            raise UserError(f"{path / name} is damaged: delete it, and --recompute or train this row again") from None
+    return Run(result, *tables, digest.hexdigest())
+
+
+def _bytes(path: Path) -> bytes:
+    return path.read_bytes().replace(b"\r\n", b"\n")
+
+
+def run_folders(results_dir: Path, protocol: str) -> list[Path]:
+    """Folders of the finished runs, in the order of their names."""
+    return sorted(file.parent for file in results_dir.glob(f"{protocol}/*/seed*/result.json"))
+
+
+def recompute(path: Path) -> None:
+    """Compute a finished run's metrics anew from its probabilities and write them where `common.Run` does.
+
+    Raises:
+        UserError: the probabilities or the result are missing or damaged.
+    """
+    import numpy as np
+
+    from calibration import calibration_metrics, scores_of_run
+
+    result, file = read_run(path).result, path / "probabilities.npz"
+    try:
+        with np.load(file) as arrays:
+            arrays = dict(arrays)
+        scores, metrics = scores_of_run(arrays), calibration_metrics(arrays["best"], arrays["labels"])
+    except FileNotFoundError:
+        raise UserError(f"{file} is not there, so this run keeps the metrics it has") from None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        raise UserError(f"{file} is damaged, so this run keeps the metrics it has") from None
+    for choice, values in scores.items():
+        result[choice] = {"epoch": result.get(choice, {}).get("epoch"), **values}
+    with atomic_write(path / "reliability.csv") as file:
+        file.write(metrics.bins_csv.encode())
+    with atomic_write(path / "result.json") as file:
+        file.write(json.dumps(result, indent=2).encode())
+
+
+# 2. Rows -------------------------------------------------------------------------------------------------
+
+
+class Statistic(NamedTuple):
+    mean: float
+    sd: float | None
+    """sample standard deviation over seeds; None with one seed"""
+
+
+@dataclass
+class Row:
+    """A line of the table: one row, or one variant of it, with its runs over seeds."""
+
+    row: str
+    changes: dict[str, Any]
+    table: str
+    technique: str
+    published: dict[str, float | None] = field(default_factory=dict)
+    runs: list[Run] = field(default_factory=list)
+
+    @property
+    def flags(self) -> str:
+        """What to add to the recipe's command line for this variant."""
+
+        def words(value: Any) -> str:
+            return " ".join(f"{v:g}" if isinstance(v, float | int) else str(v) for v in value)
+
+        values = {k: v if isinstance(v, list) else [v] for k, v in self.changes.items()}
+        return " ".join(f"--{name.replace('_', '-')} {words(value)}" for name, value in values.items())
+
+    @property
+    def label(self) -> str:
+        return f"{self.row} {self.flags}".strip()
+
+    @property
+    def choices(self) -> list[str]:
+        """Which epochs the runs report, of `best`, `last` and `selected`."""
+        return [choice for choice in CHOICES if self.runs and all(choice in run.result for run in self.runs)]
+
+    def values(self, choice: str, metric: str, scaled: bool = False) -> list[float] | None:
+        """A metric over the seeds, raw or after temperature scaling; None unless every run has it."""
+        scores = [run.result[choice] for run in self.runs]
+        scores = [score.get("scaled", {}) for score in scores] if scaled else scores
+        values = [score.get(metric) for score in scores]
+        return None if None in values or not values else values
+
+    def statistic(self, choice: str, metric: str, scaled: bool = False) -> Statistic | None:
+        values = self.values(choice, metric, scaled)
+        return values and Statistic(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+    def temperature(self, choice: str) -> float | None:
+        """The mean of the fitted temperatures, over halves and seeds."""
+        values = self.values(choice, "temperatures")
+        return values and statistics.fmean(value for pair in values for value in pair)
+
+    def difference(self, choice: str, metric: str) -> tuple[float, bool] | None:
+        """Ours less the published number, and whether that is more than chance explains.
+
+        That is two standard deviations over the seeds or, with one seed, 0.005 of accuracy, 0.015 of ECE or OE.
+        """
+        ours, theirs = self.statistic(choice, metric), self.published.get(metric)
+        if ours is None or theirs is None:
+            return None
+        difference = ours.mean - theirs
+        return difference, abs(difference) > (PUBLISHED[metric] if ours.sd is None else 2 * ours.sd)
+
+
+def sort_into_rows(runs: Iterable[Run]) -> tuple[list[Row], list[Row]]:
+    """The lines of the table, in the published order and empty where there are no runs yet; and other runs' lines.
+
+    A line for runs with held-out images follows that of the same settings without, for they have fewer to learn from.
+    """
+    table: list[Row] = []
+    others: list[Row] = []
+    for line in read_published():
+        numbers = {metric: line[metric] for metric in PUBLISHED}
+        table.append(Row(line["row"], line["changes"], line["table"], line["technique"], numbers))
+    for run in sorted(runs, key=lambda run: run.result["seed"]):
+        name, changes = run.result["row"], run.result["changes"]
+        same = [row for row in table + others if row.row == name and row.changes == changes]
+        if not same:
+            without = {key: value for key, value in changes.items() if key != "val_size"}
+            like = [i for i, row in enumerate(table) if row.row == name and row.changes == without]
+            if like:
+                model = table[like[0]]
+                technique = f"{model.technique}, {changes['val_size']} images held out"
+                same = [Row(name, changes, model.table, technique, model.published)]
+                table.insert(like[0] + 1, same[0])
+            else:
+                same = [Row(name, changes, "Other runs", "")]
+                others.append(same[0])
+        same[0].runs.append(run)
+    return table, sorted(others, key=lambda row: (row.row, row.label))
+
+
+# 3. Tables -----------------------------------------------------------------------------------------------
+
+
+def _number(metric: str, value: float, sign: str = "") -> str:
+    """As people read it: accuracy in percent."""
+    return f"{100 * value:{sign}.2f}" if metric == "accuracy" else f"{value:{sign}.4f}"
+
+
+def _plus_minus(metric: str, statistic: Statistic | None, sep: str = "±") -> str:
+    if statistic is None:
+        return ""
+    return sep.join(_number(metric, value) for value in statistic if value is not None)
+
+
+def _short(metric: str, statistic: Statistic | None) -> str:
+    """`_plus_minus` for narrow columns: 0.1104±.0012."""
+    text = _plus_minus(metric, statistic)
+    return text if metric == "accuracy" else text.replace("±0.", "±.")
+
+
+def _seeds(row: Row) -> str:
+    return f"{len(row.runs)} seed{'s' * (len(row.runs) > 1)}" if row.runs else ""
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """The main table in Markdown: published and ours at every choice of epoch, with the difference."""
+    choices = [choice for choice in CHOICES if any(choice in row.choices for row in rows)]
+    titles = {"accuracy": "Accuracy, %", "ece": "ECE", "oe": "OE"}
+    header = ["Recipe", "Seeds"]
+    header += [f"{title}: {name}" for title in titles.values() for name in ("published", *choices)]
+    lines = [header, [":--"] + ["--:"] * (len(header) - 1)]
+    for row in rows:
+        cells = [f"`{row.label}`", str(len(row.runs) or "")]
+        for metric in titles:
+            theirs = row.published.get(metric)
+            cells.append("" if theirs is None else _number(metric, theirs))
+            for choice in choices:
+                text = ""
+                if choice in row.choices:
+                    text = _plus_minus(metric, row.statistic(choice, metric), " ± ")
+                    if difference := row.difference(choice, metric):
+                        text += f" ({_number(metric, difference[0], '+')})"
+                        text = f"**{text}**" if difference[1] else text
+                cells.append(text)
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def markdown_further_table(rows: Sequence[Row]) -> str:
+    """What reviewers ask for besides, before and after temperature scaling, in Markdown."""
+    lines = [["Recipe", "Epoch", *FURTHER.values(), "Temperature"], [":--", ":--"] + ["--:"] * (len(FURTHER) + 1)]
+    for row in rows:
+        for choice in row.choices:
+            cells = [f"`{row.label}`", choice]
+            for metric in FURTHER:
+                pair = [_plus_minus(metric, row.statistic(choice, metric, scaled), " ± ") for scaled in (False, True)]
+                cells.append(" → ".join(filter(None, pair)))
+            temperature = row.temperature(choice)
+            lines.append([*cells, f"{temperature:.2f}" if temperature else ""])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+LEGEND = """\
+Mean ± standard deviation over the seeds. In brackets: ours less the published number, in bold where that is more than
+two standard deviations or, with one seed, more than 0.5 points of accuracy or 0.015 of ECE or OE. ECE and OE have 100
+bins. *best* is the epoch with the best test accuracy, as published; *last* is the last one; *selected*, for runs with
+`--val-size`, is the best on held-out training images.
+"""
+
+
+def notes(protocol: str, rows: Sequence[Row]) -> str:
+    """What a reader has to know of the protocol before the numbers."""
+    results = [run.result for row in rows for run in row.runs]
+    done = sum(bool(row.runs) for row in rows if not row.changes)
+    text = f"Protocol `{protocol}`: {done} of {sum(not row.changes for row in rows)} rows are there."
+    if odd := sorted({result.get("dataset") or "unknown" for result in results} - {"cifar100"}):
+        text += f" The images are those of {' and '.join(odd)}, the published numbers are CIFAR-100's: not comparable."
+    return text
+
+
+def markdown(protocol: str, rows: Sequence[Row], others: Sequence[Row]) -> str:
+    """The whole of table.md."""
+    parts = [f"# Results, protocol {protocol}", notes(protocol, rows), markdown_table(rows), LEGEND.strip()]
+    parts += ["## Further metrics, before → after temperature scaling", markdown_further_table(rows)]
+    parts.append(
+        "The temperature is fitted by NLL on one half of the test images and measured on the other, both ways, "
+        "averaged; for *selected* it is fitted on the held-out images. Adaptive ECE and classwise ECE have 15 bins."
+    )
+    if others:
+        parts += ["## Other runs", "Settings that the published table does not have.", markdown_table(others)]
+        parts.append(markdown_further_table(others))
+    return "\n\n".join(parts) + "\n"
+
+
+def readme_block(protocol: str | None, rows: Sequence[Row]) -> str:
+    """What stands between the two markers of README.md: published and ours, or without a protocol published alone."""
+    if protocol is None:
+        return f"The published numbers; `uv run report.py` puts ours beside them.\n\n{markdown_table(rows)}"
+    more = f"Further metrics and figures: [results/{protocol}/table.md](results/{protocol}/table.md)."
+    return "\n\n".join([notes(protocol, rows), markdown_table(rows), LEGEND + more])
+
+
+def csv_table(rows: Sequence[Row]) -> str:
+    """All statistics as fractions, one line for each row and choice of epoch; rows without runs have one line."""
+    lines = []
+    for row in rows:
+        for choice in row.choices or [""]:
+            line: dict[str, Any] = {
+                "row": row.row,
+                "changes": json.dumps(row.changes) if row.changes else "",
+                "table": row.table,
+                "technique": row.technique,
+                "epoch": choice,
+                "seeds": len(row.runs),
+            }
+            for metric in PUBLISHED:
+                line[f"{metric}_published"] = row.published.get(metric)
+                line |= _csv_cells(metric, row.statistic(choice, metric) if choice else None)
+                difference = (row.difference(choice, metric) if choice else None) or (None, None)
+                line |= dict(zip((f"{metric}_difference", f"{metric}_outside"), difference, strict=True))
+            for metric in FURTHER:
+                line |= _csv_cells(metric, row.statistic(choice, metric) if choice else None)
+            line["temperature"] = row.temperature(choice) if choice else None
+            for metric in (*PUBLISHED, *FURTHER):
+                if metric != "accuracy":
+                    statistic = row.statistic(choice, metric, scaled=True) if choice else None
+                    line |= _csv_cells(f"{metric}_scaled", statistic)
+            lines.append(line)
+    text = StringIO()
+    writer = csv.DictWriter(text, lines[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()} for line in lines)
+    return text.getvalue()
+
+
+def _csv_cells(name: str, statistic: Statistic | None) -> dict[str, float | None]:
+    mean, sd = statistic or (None, None)
+    return {name: mean, f"{name}_sd": sd}
+
+
+def terminal(protocol: str, rows: Sequence[Row], others: Sequence[Row]) -> str:
+    """Both tables, at most 100 columns wide."""
+
+    def block(row: Row, lines: Sequence[str]) -> Iterator[str]:
+        names = [row.row, *textwrap.wrap(row.flags, 23, initial_indent="  ", subsequent_indent="    "), _seeds(row)]
+        for name, line in zip_longest(filter(None, names), lines, fillvalue=""):
+            yield f"{name[:23]:23} {line}".rstrip()
+
+    def main_lines(row: Row) -> Iterator[str]:
+        yield f"{'published':9}" + "".join(
+            f"{_number(metric, value) if value is not None else '':>{width}} {'':8}"
+            for (metric, value), width in zip(row.published.items(), (11, 13, 13), strict=True)
+        )
+        for choice in row.choices:
+            line = f"{choice:9}"
+            for metric, width in zip(PUBLISHED, (11, 13, 13), strict=True):
+                difference = row.difference(choice, metric)
+                delta = f"{_number(metric, difference[0], '+')}{'*' * difference[1]}" if difference else ""
+                line += f"{_short(metric, row.statistic(choice, metric)):>{width}} {delta:8}"
+            yield line
+
+    def further_lines(row: Row) -> Iterator[str]:
+        for choice in row.choices:
+            temperature = row.temperature(choice)
+            for scaled in (False, True) if temperature else (False,):
+                line = f"  T {temperature:5.2f}" if scaled else choice
+                cells = (_short(m, row.statistic(choice, m, scaled)) for m in FURTHER)
+                yield f"{line:9}" + "".join(f" {cell:>12}" for cell in cells)
+
+    out = textwrap.wrap(notes(protocol, rows), 100)
+    out.append(f"\n{'':33}{'accuracy, %':>11} {'':8}{'ECE, 100 bins':>13} {'':8}{'OE, 100 bins':>13}")
+    for row in rows:
+        out += block(row, list(main_lines(row)))
+    out += textwrap.wrap(
+        "Mean±standard deviation over the seeds; then ours less the published, * where that is more than two standard "
+        "deviations or, with one seed, than 0.5 points of accuracy or 0.015 of ECE or OE.", 100
+    )  # fmt: skip
+    out.append(f"\n{'':33}" + "".join(f" {title:>12}" for title in FURTHER.values()))
+    for row in rows:
+        if row.runs:
+            out += block(row, list(further_lines(row)))
+    out.append("Below each: the same after temperature scaling by T, the mean of the fitted temperatures.")
+    if others:
+        out.append("\nOther runs, with settings that the published table does not have")
+        for row in others:
+            out += block(row, [*list(main_lines(row))[1:], *further_lines(row)])
+    return "\n".join(out)
+
+
+# 4. Files ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Report:
+    """What the results of one protocol say; `problems` are what had to be left out."""
+
+    protocol: str
+    table: list[Row]
+    others: list[Row]
+    problems: list[str]
+
+    @classmethod
+    def read(cls, results_dir: Path, protocol: str) -> "Report":
+        runs, problems = [], []
+        for path in run_folders(results_dir, protocol):
+            try:
+                runs.append(read_run(path))
+            except UserError as error:
+                problems.append(str(error))
+        return cls(protocol, *sort_into_rows(runs), problems)
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for row in self.table + self.others for run in row.runs]
+
+    @property
+    def lacking(self) -> list[str]:
+        """Runs from before there were further metrics or bins."""
+        return [
+            f"{run.result['row']}/seed{run.result['seed']}"
+            for run in self.runs
+            if not run.bins or "scaled" not in run.result["best"]
+        ]
+
+    def texts(self) -> dict[str, str]:
+        """File name -> content, in results/<protocol>."""
+        rows = self.table + self.others
+        return {"table.md": markdown(self.protocol, self.table, self.others), "table.csv": csv_table(rows)}
+
+    def sources(self) -> dict[str, str]:
+        """What the figures are drawn from: run -> its digest. Figures show the rows as published, and no variants."""
+        rows = [row for row in self.table if not row.changes]
+        return {f"{row.row}/seed{run.result['seed']}": run.digest for row in rows for run in row.runs}
+
+
+def write(report: Report, folder: Path) -> None:
+    """Write tables and figures of one protocol."""
+    from figures import draw
+
+    for name, text in report.texts().items():
+        with atomic_write(folder / name) as file:
+            file.write(text.encode())
+    manifest = folder / "figures" / "sources.json"
+    drawn = draw([row for row in report.table if not row.changes], manifest.parent)
+    for name in set(_read_manifest(manifest)["figures"]) - set(drawn):
+        (manifest.parent / name).unlink(missing_ok=True)
+    with atomic_write(manifest) as file:
+        file.write(json.dumps({"figures": drawn, "runs": report.sources()}, indent=2).encode())
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_bytes())
+        return {"figures": list(manifest["figures"]), "runs": dict(manifest["runs"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"figures": [], "runs": {}}
+
+
+def stale(report: Report, folder: Path) -> list[str]:
+    """What of a protocol's tables and figures is not that of its results, in a line each that names the rows."""
+    lines = []
+    for name, text in report.texts().items():
+        old = _bytes(folder / name).decode() if (folder / name).is_file() else ""
+        lines += _compare(folder / name, old, text)
+    manifest, sources = _read_manifest(folder / "figures" / "sources.json"), report.sources()
+    changed = {key for key in manifest["runs"].keys() | sources.keys() if manifest["runs"].get(key) != sources.get(key)}
+    if changed:
+        rows = sorted({key.split("/")[0] for key in changed})
+        lines.append(f"{folder / 'figures'} are older than the results of {', '.join(rows)}")
+    for name in manifest["figures"]:
+        if not (folder / "figures" / name).is_file():
+            lines.append(f"{folder / 'figures' / name} is missing")
+    return lines
+
+
+def _compare(path: Path, old: str, new: str) -> list[str]:
+    """Nothing, or a line that says which rows differ. A table's line begins with its row."""
+    if old == new:
+        return []
+    differ = set(old.splitlines()) ^ set(new.splitlines())
+    known = {line["row"] for line in read_published()}
+    names = {match[1] for line in differ if (match := re.match(r"(?:\| `)?(\w+)(?:[` ][^,]*\||,)", line))}
+    rows = sorted(names & known) + sorted(names - known - {"row"})
+    return [f"{path} is older than the results of {', '.join(rows)}" if rows else f"{path} is not up to date"]
+
+
+def refreshed_readme(text: str, block: str) -> str | None:
+    """README.md with the block between its markers; None if it has none."""
+    begin, end = (text.find(marker) for marker in MARKERS)
+    if not 0 <= begin < end:
+        return None
+    return f"{text[: begin + len(MARKERS[0])]}\n{block}\n{text[end:]}"
+
+
+# 5. Command line -----------------------------------------------------------------------------------------
+
+
+def main(cfg: Config) -> int:
+    """Report as the settings say. Returns the exit status: 1 if something is damaged or, checking, out of date."""
+    found = sorted({file.parts[-4] for file in cfg.results_dir.glob("*/*/seed*/result.json")})
+    found.sort(key=lambda name: STANDING.index(name) if name in STANDING else len(STANDING))
+    if cfg.protocol and cfg.protocol not in found:
+        raise UserError(
+            f"no results of protocol {cfg.protocol} in {cfg.results_dir} (found: {', '.join(found) or 'none'}): "
+            f"run a row first, for example uv run recipes/teacher_baseline.py --protocol {cfg.protocol}"
+        )
+    problems, outdated = [], []
+    chosen = [cfg.protocol] if cfg.protocol else found
+    if cfg.recompute:
+        for path in [path for protocol in chosen for path in run_folders(cfg.results_dir, protocol)]:
+            try:
+                recompute(path)
+            except UserError as error:
+                problems.append(str(error))
+    reports = {protocol: Report.read(cfg.results_dir, protocol) for protocol in found}
+    for protocol in chosen:
+        report, folder = reports[protocol], cfg.results_dir / protocol
+        problems += [problem for problem in report.problems if problem not in problems]
+        if cfg.check:
+            outdated += stale(report, folder)
+            continue
+        write(report, folder)
+        print(terminal(protocol, report.table, report.others))
+        if report.lacking:
+            lacking = textwrap.shorten(", ".join(report.lacking), 200)
+            print(f"without further metrics ({lacking}): uv run report.py --recompute adds them")
+        print(f"written: {folder / 'table.md'}, {folder / 'table.csv'}, {folder / 'figures'}\n")
+
+    own = cfg.results_dir.resolve() == ROOT / "results"
+    if readme := cfg.readme or (ROOT / "README.md" if own else None):
+        shown = next((protocol for protocol in STANDING if protocol in reports and reports[protocol].runs), None)
+        rows = reports[shown].table if shown else sort_into_rows([])[0]
+        try:
+            old = _bytes(readme).decode()
+        except OSError as error:
+            raise UserError(f"{readme} cannot be read: {error.strerror} (--readme)") from None
+        new = refreshed_readme(old, readme_block(shown, rows))
+        if new is None:
+            print(f"{readme} has no {' and '.join(MARKERS)}: it is left as it is", file=sys.stderr)
+        elif cfg.check:
+            outdated += _compare(readme, old, new)
+        elif old != new:
+            with atomic_write(readme) as file:
+                file.write(new.encode())
+            print(f"{readme}: the table is refreshed")
+
+    for line in problems:
+        print(f"skipped: {line}", file=sys.stderr)
+    for line in outdated:
+        print(f"{line}: uv run report.py brings it up to date", file=sys.stderr)
+    if not found and not cfg.check:
+        raise UserError(
+            f"there are no results in {cfg.results_dir} (--results-dir): run a row first, for example "
+            "uv run recipes/teacher_baseline.py --protocol smoke, which takes a minute"
+        )
+    return 1 if problems or outdated else 0
+
+
+def cli() -> None:
+    try:
+        sys.exit(main(parse(Config, __doc__)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    cli()
