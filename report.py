@@ -7,12 +7,14 @@ the terminal; the table of the protocol that stands highest goes into README.md,
 import csv
 import hashlib
 import json
+import os
 import re
 import statistics
 import sys
 import textwrap
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import StringIO
 from itertools import zip_longest
@@ -135,6 +137,21 @@ def recompute(path: Path) -> None:
         file.write(metrics.bins_csv.encode())
     with atomic_write(path / "result.json") as file:
         file.write(json.dumps(result, indent=2).encode())
+
+
+def recompute_all(paths: Sequence[Path]) -> list[str]:
+    """`recompute` for many runs, one to a processor; returns what went wrong, a line each."""
+    import torch
+
+    def problem(path: Path) -> str | None:
+        torch.set_num_threads(1)
+        try:
+            recompute(path)
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [line for line in pool.map(problem, paths) if line]
 
 
 # 2. Rows -------------------------------------------------------------------------------------------------
@@ -382,8 +399,8 @@ def terminal(protocol: str, rows: Sequence[Row], others: Sequence[Row]) -> str:
 
     def main_lines(row: Row) -> Iterator[str]:
         yield f"{'published':9}" + "".join(
-            f"{_number(metric, value) if value is not None else '':>{width}} {'':8}"
-            for (metric, value), width in zip(row.published.items(), (11, 13, 13), strict=True)
+            f"{'' if row.published.get(metric) is None else _number(metric, row.published[metric]):>{width}} {'':8}"
+            for metric, width in zip(PUBLISHED, (11, 13, 13), strict=True)
         )
         for choice in row.choices:
             line = f"{choice:9}"
@@ -541,11 +558,7 @@ def main(cfg: Config) -> int:
     problems, outdated = [], []
     chosen = [cfg.protocol] if cfg.protocol else found
     if cfg.recompute:
-        for path in [path for protocol in chosen for path in run_folders(cfg.results_dir, protocol)]:
-            try:
-                recompute(path)
-            except UserError as error:
-                problems.append(str(error))
+        problems += recompute_all([path for protocol in chosen for path in run_folders(cfg.results_dir, protocol)])
     reports = {protocol: Report.read(cfg.results_dir, protocol) for protocol in found}
     for protocol in chosen:
         report, folder = reports[protocol], cfg.results_dir / protocol

@@ -1,0 +1,355 @@
+"""report.py on small results folders: statistics against numpy, what belongs to which line, --check, damaged input."""
+
+import csv
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+
+import figures
+import report
+from calibration import calibration_metrics, scores_of_run
+from run_files import UserError, read_published
+
+ROOT = Path(report.__file__).parent
+MARKED = "before\n<!-- table:begin -->\nold\n<!-- table:end -->\nafter\n"
+
+
+def make_run(results, row, seed=0, changes=None, protocol="short", dataset="cifar100", images=200, classes=10):
+    """A finished run of random predictions, as `common.Run` leaves it; --val-size among the changes is heeded."""
+    changes = changes or {}
+    folder = results / protocol / row / (f"seed{seed}" + (f"-{len(str(changes)):08x}" if changes else ""))
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng([seed, len(row), len(changes)])
+    labels = np.sort(rng.integers(0, classes, images))
+    arrays = {"labels": labels, "val_labels": labels}
+    for name in ("best", "last", "selected", "val"):
+        logits = rng.normal(size=(images, classes))
+        logits[np.arange(images), labels] += 2 + rng.normal()
+        arrays[name] = (np.exp(logits) / np.exp(logits).sum(1, keepdims=True)).astype(np.float32)
+    if "val_size" not in changes:
+        for name in ("selected", "val", "val_labels"):
+            del arrays[name]
+    np.savez(folder / "probabilities.npz", **arrays)
+    result = {"row": row, "protocol": protocol, "seed": seed, "dataset": dataset, "changes": changes}
+    result |= {name: {"epoch": 3, **scores} for name, scores in scores_of_run(arrays).items()}
+    (folder / "result.json").write_text(json.dumps(result, indent=2))
+    (folder / "reliability.csv").write_text(calibration_metrics(arrays["best"], labels).bins_csv)
+    if not row.endswith("ensemble"):
+        lines = [f"{epoch},{0.1 if epoch < 3 else 0.01},{0.2 * epoch},{0.3 - 0.05 * epoch}" for epoch in range(1, 5)]
+        (folder / "history.csv").write_text("\n".join(["epoch,lr,accuracy,ece", *lines]))
+    return folder
+
+
+def edit_result(folder, **values):
+    result = json.loads((folder / "result.json").read_text())
+    result["best"] |= values
+    (folder / "result.json").write_text(json.dumps(result, indent=2))
+    return result
+
+
+def run(results, **settings):
+    return report.main(report.Config(results_dir=results, **settings))
+
+
+def read_csv(results, protocol="short"):
+    with open(results / protocol / "table.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def rows_of(results, protocol="short"):
+    return report.Report.read(results, protocol).table
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Figures take seconds; tests of other things do without."""
+    monkeypatch.setattr(figures, "draw", lambda rows, folder: [])
+
+
+@pytest.fixture
+def results(tmp_path, no_figures):
+    """Two seeds of two rows."""
+    for row in ("kd_cutmix", "teacher_ensemble"):
+        for seed in (0, 1):
+            make_run(tmp_path / "results", row, seed)
+    return tmp_path / "results"
+
+
+def test_published_numbers_are_those_that_the_recipes_state():
+    lines = [line for line in read_published() if not line["changes"]]
+    assert sorted(line["row"] for line in lines) == sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
+    for line in lines:
+        text = (ROOT / "recipes" / f"{line['row']}.py").read_text()
+        stated = re.search(r"accuracy ([\d.]+) %, ECE ([\d.]+), OE ([\d.]+\d)", text).groups()
+        assert [float(v) for v in stated] == pytest.approx([100 * line["accuracy"], line["ece"], line["oe"]])
+
+
+def test_table_has_mean_and_deviation_over_seeds_and_every_row(results):
+    assert run(results) == 0
+    lines = read_csv(results)
+    assert [line["row"] for line in lines if not line["changes"] and line["epoch"] in ("", "best")] == [
+        line["row"] for line in read_published() if not line["changes"]
+    ]
+    for choice in ("best", "last"):
+        [line] = [line for line in lines if line["row"] == "kd_cutmix" and line["epoch"] == choice]
+        scores = [json.loads(p.read_text())[choice] for p in results.glob("short/kd_cutmix/*/result.json")]
+        assert line["seeds"] == "2"
+        for metric in ("accuracy", "ece", "oe", "ece_15", "classwise_ece", "nll"):
+            values = [score[metric] for score in scores]
+            assert float(line[metric]) == pytest.approx(np.mean(values), abs=1e-6)
+            assert float(line[f"{metric}_sd"]) == pytest.approx(np.std(values, ddof=1), abs=1e-6)
+        assert float(line["brier_scaled"]) == pytest.approx(np.mean([s["scaled"]["brier"] for s in scores]), abs=1e-6)
+        assert float(line["temperature"]) == pytest.approx(np.mean([s["temperatures"] for s in scores]), abs=1e-6)
+        assert float(line["accuracy_difference"]) == pytest.approx(float(line["accuracy"]) - 0.7462, abs=2e-6)
+    [empty] = [line for line in lines if line["row"] == "kd_mixup"]
+    assert (empty["seeds"], empty["accuracy"], empty["accuracy_published"]) == ("0", "", "0.7448")
+    markdown = (results / "short" / "table.md").read_text()
+    assert "| `kd_mixup` |  | 74.48 |  |  | 0.0399 |" in markdown
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "outside"),
+    [([0.7502], False), ([0.7522], True), ([0.7415], False), ([0.7402], True),  # one seed: 0.5 points from 0.7462
+     ([0.76, 0.77], True), ([0.74, 0.77], False), ([0.7463, 0.7463], True)],  # more: two standard deviations
+)  # fmt: skip
+def test_difference_is_marked_outside_what_chance_explains(results, accuracies, outside):
+    shutil.rmtree(results / "short" / "kd_cutmix")
+    for seed, accuracy in enumerate(accuracies):
+        edit_result(make_run(results, "kd_cutmix", seed), accuracy=accuracy)
+    [row] = [row for row in rows_of(results) if row.row == "kd_cutmix"]
+    difference, marked = row.difference("best", "accuracy")
+    assert difference == pytest.approx(np.mean(accuracies) - 0.7462)
+    assert marked is outside
+    run(results)
+    line = next(s for s in (results / "short" / "table.md").read_text().splitlines() if s.startswith("| `kd_cutmix`"))
+    assert line.split("|")[4].strip().startswith("**") is outside
+
+
+def test_calibration_is_marked_beyond_0_015_with_one_seed(tmp_path, no_figures):
+    folder = make_run(tmp_path, "kd_cutmix")
+    for ece, outside in ((0.0552 + 0.014, False), (0.0552 - 0.016, True)):
+        edit_result(folder, ece=ece)
+        [row] = [row for row in rows_of(tmp_path) if row.row == "kd_cutmix"]
+        assert row.difference("best", "ece")[1] is outside
+
+
+def test_variants_are_lines_of_their_own(results, capsys):
+    published = make_run(results, "kd_vanilla", changes={"temperature": 4.0})
+    make_run(results, "kd_cutmix", changes={"epochs": 2, "teacher": "teacher_cutmix"})
+    make_run(results, "my_own_row")
+    assert run(results) == 0
+    seeds = {(line["row"], line["changes"], line["table"]): line["seeds"] for line in read_csv(results)}
+    assert seeds["kd_vanilla", '{"temperature": 4}', "Individual KD"] == "1"
+    assert seeds["kd_vanilla", "", "Individual KD"] == "0"
+    assert seeds["kd_cutmix", "", "Individual KD"] == "2"
+    assert seeds["kd_cutmix", '{"epochs": 2, "teacher": "teacher_cutmix"}', "Other runs"] == "1"
+    assert seeds["my_own_row", "", "Other runs"] == "1"
+    table, others = (results / "short" / "table.md").read_text().split("## Other runs")
+    assert "| `kd_vanilla --temperature 4` | 1 | 74.71 |" in table
+    assert "my_own_row" not in table and "my_own_row" in others
+    assert "`kd_cutmix --epochs 2 --teacher teacher_cutmix`" in others
+    assert "Other runs" in capsys.readouterr().out
+    assert published.name.startswith("seed0-")
+
+
+def test_runs_with_held_out_images_show_all_three_epochs(results):
+    make_run(results, "kd_cutmix", changes={"val_size": 5000})
+    run(results)
+    [row] = [row for row in rows_of(results) if row.changes.get("val_size")]
+    assert row.choices == ["best", "last", "selected"] and row.published["accuracy"] == 0.7462
+    lines = (results / "short" / "table.md").read_text().splitlines()
+    assert "Accuracy, %: published | Accuracy, %: best | Accuracy, %: last | Accuracy, %: selected" in lines[4]
+    [without, with_val] = [i for i, line in enumerate(lines) if line.startswith("| `kd_cutmix")][:2]
+    assert with_val == without + 1 and "`kd_cutmix --val-size 5000`" in lines[with_val]
+    assert [line["epoch"] for line in read_csv(results) if "val_size" in line["changes"]] == row.choices
+
+
+def test_terminal_fits_100_columns_and_says_what_the_files_say(results, capsys):
+    make_run(results, "kd_ensemble_avg_softmax", changes={"val_size": 5000, "teachers": ["teacher_mixup"] * 4})
+    make_run(results, "kd_ensemble_avg_softmax", changes={"val_size": 5000})
+    run(results)
+    out = capsys.readouterr().out
+    tables = out[: out.index("written: ")]
+    assert max(map(len, tables.splitlines())) <= 100
+    best = next(line for line in read_csv(results) if line["row"] == "kd_cutmix")
+    assert f"{100 * float(best['accuracy']):.2f}±{100 * float(best['accuracy_sd']):.2f}" in tables
+    assert f"{float(best['adaptive_ece_scaled']):.4f}" in tables
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda text: text[: len(text) // 2], lambda text: "", lambda text: "[]", lambda text: "\0\1\2",
+     lambda text: text.replace('"best"', '"worst"'), lambda text: text.replace('"seed": 1', '"seed": 7'),
+     lambda text: re.sub(r'"accuracy": [\d.]+', '"accuracy": null', text)],
+)  # fmt: skip
+def test_damaged_result_is_named_and_left_out(results, capsys, damage):
+    file = results / "short" / "kd_cutmix" / "seed1" / "result.json"
+    file.write_text(damage(file.read_text()))
+    assert run(results) == 1
+    assert str(file) in capsys.readouterr().err
+    seeds = {line["row"]: line["seeds"] for line in read_csv(results) if not line["changes"]}
+    assert (seeds["kd_cutmix"], seeds["teacher_ensemble"]) == ("1", "2")
+
+
+@pytest.mark.parametrize("name", ["history.csv", "reliability.csv"])
+def test_damaged_curves_are_named_and_left_out(results, capsys, name):
+    file = results / "short" / "kd_cutmix" / "seed1" / name
+    file.write_text(file.read_text()[:-3] + ",x,1")
+    assert run(results) == 1
+    assert str(file) in capsys.readouterr().err
+
+
+def test_nothing_to_report_says_what_to_run_first(tmp_path, results, monkeypatch, capsys):
+    for folder in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(UserError, match=r"uv run recipes/teacher_baseline.py"):
+            run(folder)
+    with pytest.raises(UserError, match=r"protocol quick.*found: short"):
+        run(results, protocol="quick")
+    monkeypatch.setattr("sys.argv", ["report.py", "--results-dir", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit) as stop:
+        report.cli()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_check_names_the_rows_that_are_out_of_date(tmp_path, results, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(MARKED)
+    assert run(results, readme=readme) == 0
+    for file in results.rglob("*"):
+        os.utime(file, (0, 0))  # a checkout has no file times
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert run(results, readme=readme, check=True) == 0
+
+    edit_result(results / "short" / "kd_cutmix" / "seed1", accuracy=0.5)
+    capsys.readouterr()
+    assert run(results, readme=readme, check=True) == 1
+    err = capsys.readouterr().err
+    for name in ("table.md", "table.csv", "figures", "README.md"):
+        assert re.search(rf"{name} (is|are) older than the results of kd_cutmix:", err), err
+    assert "teacher_ensemble" not in err
+
+    assert run(results, readme=readme) == 0 and run(results, readme=readme, check=True) == 0
+    make_run(results, "kd_mixup")
+    assert run(results, readme=readme, check=True) == 1
+    assert "kd_mixup" in capsys.readouterr().err
+    assert {file for file in tmp_path.rglob("*") if file.is_file()} - before.keys() == {
+        results / "short" / "kd_mixup" / "seed0" / name
+        for name in ("result.json", "probabilities.npz", "reliability.csv", "history.csv")
+    }  # checking has written nothing
+
+
+def test_check_without_results_holds_readme_to_the_published_table(tmp_path, no_figures):
+    readme = tmp_path / "README.md"
+    readme.write_text(MARKED)
+    assert run(tmp_path, readme=readme, check=True) == 1
+    with pytest.raises(UserError):
+        run(tmp_path, readme=readme)
+    assert "| `kd_cutmix` |  | 74.62 | 0.0552 | 0.0357 |" in readme.read_text()
+    assert run(tmp_path, readme=readme, check=True) == 0
+
+
+def test_readme_shows_the_highest_protocol_and_nothing_else_changes(tmp_path, results, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(MARKED)
+    make_run(results, "kd_cutmix", protocol="smoke", dataset="digits")
+    make_run(results, "kd_mixup", protocol="paper")
+    run(results, readme=readme, protocol="short")
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- table:begin -->\n") and text.endswith("\n<!-- table:end -->\nafter\n")
+    assert "Protocol `paper`: 1 of 16 rows" in text and "old" not in text.split("begin")[1].split("\n")[1]
+    assert not (results / "paper" / "table.md").exists()
+
+    shutil.rmtree(results / "paper")
+    shutil.rmtree(results / "short")
+    run(results, readme=readme)
+    assert "The published numbers" in readme.read_text()
+    assert "not comparable" in (results / "smoke" / "table.md").read_text()
+
+    readme.write_text("no markers\n")
+    assert run(results, readme=readme) == 0
+    assert readme.read_text() == "no markers\n" and "left as it is" in capsys.readouterr().err
+
+
+def test_own_readme_is_not_touched_for_results_elsewhere(results):
+    before = (ROOT / "README.md").read_bytes()
+    run(results)
+    assert (ROOT / "README.md").read_bytes() == before
+
+
+def test_recomputed_metrics_of_an_old_run_are_those_of_a_fresh_one(results, capsys):
+    folder = results / "short" / "kd_cutmix" / "seed0"
+    fresh = (folder / "result.json").read_bytes(), (folder / "reliability.csv").read_bytes()
+    result = json.loads(fresh[0])
+    for choice in ("best", "last"):  # as runs were before there were further metrics
+        for name in ("ece_15", "adaptive_ece", "classwise_ece", "temperatures", "scaled"):
+            del result[choice][name]
+    (folder / "result.json").write_text(json.dumps(result, indent=2))
+    (folder / "reliability.csv").unlink()
+    assert run(results) == 0
+    assert "kd_cutmix/seed0" in capsys.readouterr().out
+    assert run(results, recompute=True) == 0
+    assert ((folder / "result.json").read_bytes(), (folder / "reliability.csv").read_bytes()) == fresh
+
+
+def test_recompute_names_probabilities_that_are_damaged_or_not_there(results, capsys):
+    cut, gone = (results / "short" / "kd_cutmix" / f"seed{seed}" / "probabilities.npz" for seed in (0, 1))
+    cut.write_bytes(cut.read_bytes()[:1000])
+    gone.unlink()
+    before = [(file.parent / "result.json").read_bytes() for file in (cut, gone)]
+    assert run(results, recompute=True) == 1
+    err = capsys.readouterr().err
+    assert f"{cut} is damaged" in err and f"{gone} is not there" in err
+    assert [(file.parent / "result.json").read_bytes() for file in (cut, gone)] == before
+    assert {line["row"]: line["seeds"] for line in read_csv(results)}["kd_cutmix"] == "2"
+
+
+def test_figures_are_drawn_from_what_there_is_and_always_the_same(tmp_path):
+    for row in ("kd_cutmix", "teacher_ensemble", "teacher_mixup"):
+        make_run(tmp_path, row)
+    assert run(tmp_path) == 0
+    folder = tmp_path / "short" / "figures"
+    first = {file.name: file.read_bytes() for file in folder.iterdir()}
+    stems = (
+        "reliability_teachers",
+        "reliability_students",
+        "accuracy_ece",
+        "training_accuracy",
+        "training_ece",
+        "confidence",
+    )
+    assert first.keys() == {"sources.json"} | {stem + suffix for stem in stems for suffix in (".png", ".svg")}
+    for name in first:
+        if name.endswith(".png"):
+            assert min(Image.open(folder / name).size) > 300
+    assert run(tmp_path) == 0
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == first
+
+    (folder / "confidence.svg").unlink()
+    assert run(tmp_path, check=True) == 1
+    shutil.rmtree(tmp_path / "short" / "kd_cutmix")
+    assert run(tmp_path) == 0
+    assert not (folder / "reliability_students.png").exists()  # there is nothing left to draw it from
+
+
+def test_no_text_overlaps_in_the_figures(tmp_path):
+    for row in read_published():
+        if not row["changes"]:
+            for seed in (0, 1):
+                make_run(tmp_path, row["row"], seed)
+    rows = [row for row in rows_of(tmp_path) if not row.changes]
+    with matplotlib.rc_context(figures.STYLE):
+        for figure in (figures.accuracy_ece(rows), figures.reliability(rows[6:]), figures.confidence(rows)):
+            figure.draw_without_rendering()
+            texts = [axes.title for axes in figure.axes] + [text for axes in figure.axes for text in axes.texts]
+            boxes = [text.get_window_extent() for text in texts if text.get_text()]
+            assert len(boxes) >= 10
+            overlaps = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+            assert not overlaps
