@@ -1,7 +1,8 @@
 """Calibration of a classifier, in numbers and in a picture."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,19 @@ class CalibrationMetrics:
         return "".join(["count,accuracy,confidence\n", *(f"{n},{a:.6g},{c:.6g}\n" for n, a, c in bins)])
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch on one thread: test sets are too small to share, and on a busy machine waiting for a second thread costs
+    many times what it saves (measured: 124 ms instead of 2.5 for 10,000 x 100)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def calibration_metrics(
     probabilities: Tensor | np.ndarray, labels: Tensor | np.ndarray, n_bins: int = 100
 ) -> CalibrationMetrics:
@@ -178,6 +192,7 @@ def _log(probabilities: Tensor) -> Tensor:
     return probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).double().log_()
 
 
+@_one_thread()
 def calibration_scores(
     probabilities: Tensor, labels: Tensor, validation: tuple[Tensor, Tensor] | None = None
 ) -> dict[str, Any]:

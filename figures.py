@@ -76,6 +76,7 @@ def _save(figure: Figure, path: Path) -> list[str]:
         with atomic_write(path.with_suffix(suffix)) as file:
             file.write(buffer.getvalue())
         names.append(path.name + suffix)
+        figure.set_layout_engine("none")  # the layout is found once, and takes as long as drawing
     return names
 
 

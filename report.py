@@ -141,10 +141,8 @@ def recompute(path: Path) -> None:
 
 def recompute_all(paths: Sequence[Path]) -> list[str]:
     """`recompute` for many runs, one to a processor; returns what went wrong, a line each."""
-    import torch
 
     def problem(path: Path) -> str | None:
-        torch.set_num_threads(1)
         try:
             recompute(path)
         except UserError as error:

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-from torch import Tensor
+if typing.TYPE_CHECKING:  # tools that only read results start without torch
+    from torch import Tensor
 
 PUBLISHED = Path(__file__).resolve().parent / "results" / "published.csv"
 
@@ -31,7 +31,9 @@ def atomic_write(path: Path) -> Iterator[typing.BinaryIO]:
     os.replace(temporary, path)
 
 
-def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
+def save_weights(path: Path, weights: "dict[str, Tensor]") -> None:
+    import safetensors.torch
+
     with atomic_write(path) as file:
         file.write(safetensors.torch.save({name: tensor.contiguous() for name, tensor in weights.items()}))
 
