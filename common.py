@@ -685,9 +685,10 @@ class Run:
         --val-size, `selected`. Each has `epoch` and `probabilities`, the last one `val_probabilities` too.
         """
         arrays = {name: choice["probabilities"] for name, choice in choices.items()}
-        arrays["labels"] = self.data.test_labels.cpu()
+        arrays["labels"] = self.data.test_labels
         if "selected" in choices:
-            arrays["val"], arrays["val_labels"] = choices["selected"]["val_probabilities"], self.data.val_labels.cpu()
+            arrays["val"], arrays["val_labels"] = choices["selected"]["val_probabilities"], self.data.val_labels
+        arrays = {name: tensor.cpu() for name, tensor in arrays.items()}  # a resumed run has them on the device
         scores = scores_of_run(arrays)
         metrics, epoch = calibration_metrics(arrays["best"], arrays["labels"]), choices["best"]["epoch"]
         with atomic_write(self.path / "probabilities.npz") as file:

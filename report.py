@@ -553,6 +553,8 @@ def main(cfg: Config) -> int:
             f"no results of protocol {cfg.protocol} in {cfg.results_dir} (found: {', '.join(found) or 'none'}): "
             f"run a row first, for example uv run recipes/teacher_baseline.py --protocol {cfg.protocol}"
         )
+    if cfg.check and cfg.recompute:
+        raise UserError("--check writes nothing and --recompute does: give one of them")
     problems, outdated = [], []
     chosen = [cfg.protocol] if cfg.protocol else found
     if cfg.recompute:

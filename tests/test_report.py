@@ -212,6 +212,8 @@ def test_nothing_to_report_says_what_to_run_first(tmp_path, results, monkeypatch
             run(folder)
     with pytest.raises(UserError, match=r"protocol quick.*found: short"):
         run(results, protocol="quick")
+    with pytest.raises(UserError, match="--recompute"):
+        run(results, check=True, recompute=True)
     monkeypatch.setattr("sys.argv", ["report.py", "--results-dir", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit) as stop:
         report.cli()
