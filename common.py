@@ -323,9 +323,9 @@ class Config:
 class TrainConfig(Config):
     """Settings of a row that trains. The optimiser is SGD, with weight decay on every parameter."""
 
-    lr: Positive
+    lr: Positive = 0.05
     """learning rate at the start"""
-    batch_size: BatchSize
+    batch_size: BatchSize = 128
     """images a step"""
     momentum: NonNegative = 0.9
     """momentum, without Nesterov's"""
@@ -411,6 +411,7 @@ def run_row(row: str, main: Callable, cfg: Config) -> dict[str, Any]:
     return run.load_result()
 
 
+@functools.cache
 def load_recipe(row: str) -> Callable:
     """The `main` of `recipes/<row>.py`."""
     path = ROOT / "recipes" / f"{row}.py"
@@ -418,7 +419,7 @@ def load_recipe(row: str) -> Callable:
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.py")))
         raise UserError(f"there is no recipe {row}: it should be one of {known}, or the folder of a finished run")
     spec = importlib.util.spec_from_file_location(f"recipes.{row}", path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main
 
@@ -786,7 +787,7 @@ def cli(main: Callable[[Config, Run], None]) -> None:
     """Run a recipe's `main` as the row its file is named for, with settings from the command line."""
     row = Path(main.__code__.co_filename).stem
     try:
-        cfg = parse(config_type(main), sys.modules[main.__module__].__doc__)
+        cfg = parse(config_type(main), main.__globals__["__doc__"])
         result = run_row(row, main, cfg)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -810,10 +811,11 @@ def parse(config: type[Config], description: str | None = None, args: Sequence[s
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        text = " ".join(line.strip("│ ") for line in captured.getvalue().splitlines() if line.startswith("│"))
+        lines = captured.getvalue().splitlines()[1:]  # in a box, below its title
+        text = " ".join(line.strip("│ ") for line in lines)
         text = re.split("Got errors:|Argument helptext:|For full helptext", text)[0]
-        text = re.sub(r"─+ Perhaps you meant: (\S+).*", r"(did you mean \1?)", text)
-        raise UserError(text.strip("─ ")) from None
+        text = re.sub(r"[─-]{9,} Perhaps you meant: (\S+).*", r"(did you mean \1?)", text)
+        raise UserError(text.strip("─- ")) from None
 
 
 def summary(result: dict[str, Any], path: Path) -> str:
