@@ -63,7 +63,7 @@ def calibration_metrics(
     accuracy a_b and mean confidence c_b:
 
     - ECE = sum_b n_b / n * |a_b - c_b| (Guo et al., 2017, eq. 3)
-    - OE = sum_b n_b / n * c_b * max(c_b - a_b, 0) (Thulasidasan et al., 2019, sec. 2.1)
+    - OE = sum_b n_b / n * c_b * max(c_b - a_b, 0) (Thulasidasan et al., 2019)
     - NLL = mean of -log p_label, with p no smaller than the smallest normal number of its dtype
     - Brier = mean of sum_k (p_k - [k = label])^2, from 0 to 2 (Brier, 1950)
 

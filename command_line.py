@@ -26,7 +26,8 @@ def parse(config: type[Settings], description: str | None = None, args: Sequence
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        text = " ".join(line.strip("│ ") for line in captured.getvalue().splitlines() if line.startswith("│"))
+        lines = captured.getvalue().splitlines()[1:]  # in a box, below its title
+        text = " ".join(line.strip("│ ") for line in lines)
         text = re.split("Got errors:|Argument helptext:|For full helptext", text)[0]
-        text = re.sub(r"─+ Perhaps you meant: (\S+).*", r"(did you mean \1?)", text)
-        raise UserError(text.strip("─ ")) from None
+        text = re.sub(r"[─-]{9,} Perhaps you meant: (\S+).*", r"(did you mean \1?)", text)
+        raise UserError(text.strip("─- ")) from None

@@ -325,9 +325,9 @@ class Config:
 class TrainConfig(Config):
     """Settings of a row that trains. The optimiser is SGD, with weight decay on every parameter."""
 
-    lr: Positive
+    lr: Positive = 0.05
     """learning rate at the start"""
-    batch_size: BatchSize
+    batch_size: BatchSize = 128
     """images a step"""
     momentum: NonNegative = 0.9
     """momentum, without Nesterov's"""
@@ -415,6 +415,7 @@ def run_row(row: str, main: Callable, cfg: Config) -> dict[str, Any]:
     return run.load_result()
 
 
+@functools.cache
 def load_recipe(row: str) -> Callable:
     """The `main` of `recipes/<row>.py`."""
     path = ROOT / "recipes" / f"{row}.py"
@@ -422,7 +423,7 @@ def load_recipe(row: str) -> Callable:
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.py")))
         raise UserError(f"there is no recipe {row}: it should be one of {known}, or the folder of a finished run")
     spec = importlib.util.spec_from_file_location(f"recipes.{row}", path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main
 
@@ -807,7 +808,7 @@ def cli(main: Callable[[Config, Run], None]) -> None:
     """Run a recipe's `main` as the row its file is named for, with settings from the command line."""
     row = Path(main.__code__.co_filename).stem
     try:
-        cfg = parse(config_type(main), sys.modules[main.__module__].__doc__)
+        cfg = parse(config_type(main), main.__globals__["__doc__"])
         result = run_row(row, main, cfg)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,0 +1,65 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads that spin make a busy machine crawl
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+
+ROOT = Path(common.__file__).parent
+ROWS = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
+
+
+@pytest.fixture(autouse=True)
+def quiet_and_seeded(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    common.seed_everything(0, 0)
+    common._shared_dataset.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def cifar100(tmp_path_factory) -> Path:
+    """The real CIFAR-100 as an image folder: `CIFAR100_DIR`, or unpacked from `shared/` beside the project."""
+    if "CIFAR100_DIR" in os.environ:
+        return Path(os.environ["CIFAR100_DIR"])
+    unpack = ROOT.parent / "shared" / "cifar100" / "unpack.py"
+    if not unpack.is_file():
+        pytest.skip("no real CIFAR-100 here: set CIFAR100_DIR to a folder with {train,test}/<class>/*.png")
+    folder = tmp_path_factory.mktemp("cifar100")
+    subprocess.run([sys.executable, unpack, folder], check=True)
+    return folder
+
+
+@pytest.fixture
+def image_folder(tmp_path) -> Path:
+    """Three classes of noise images, 20 x 24: 8 for training and 4 for testing in each."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 8), ("test", 4)):
+        for name in ("ant", "bee", "cat"):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(random.integers(0, 256, (20, 24, 3), np.uint8)).save(folder / f"{i}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def digits() -> torch.Tensor:
+    """64 real images, uint8 (64, 3, 16, 16), and their labels."""
+    data = common.load_dataset("digits", Path())
+    index = torch.randperm(len(data.train_labels))[:64]
+    return data.train_images[index], data.train_labels[index]
+
+
+def run_row(row: str, results_dir: Path, **settings) -> tuple[dict, Path]:
+    """One row on a few digits. Returns its result and its folder."""
+    main = common.load_recipe(row)
+    tiny = dict(protocol="smoke", epochs=1, train_size=96, results_dir=results_dir)
+    cfg = common.config_type(main)(**{**tiny, **settings})
+    return common.run_row(row, main, cfg), common.Run(row, cfg).path

@@ -1,0 +1,155 @@
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torchvision.datasets import CIFAR100
+
+import image_data
+from image_data import Dataset, load_dataset
+from run_files import UserError
+
+
+def assert_equal(a: Dataset, b: Dataset) -> None:
+    assert a.classes == b.classes and a.fingerprint == b.fingerprint
+    assert all(torch.equal(x, y) for x, y in zip(a.tensors, b.tensors, strict=True))
+
+
+def test_digits_are_scikit_learns():
+    data = load_dataset("digits", Path("nowhere"))
+    assert data.train_images.shape == (1437, 3, 16, 16) and data.test_images.shape == (360, 3, 16, 16)
+    assert data.train_images.dtype == torch.uint8 and data.train_labels.dtype == torch.int64
+    counts = data.train_labels.bincount() + data.test_labels.bincount()
+    assert counts.tolist() == np.bincount(load_digits().target).tolist()
+    assert data.train_images.float().mean() / 255 == pytest.approx(load_digits().images.mean() / 16, abs=0.01)
+
+
+def test_image_folder(image_folder):
+    data = load_dataset("folder", image_folder, image_size=16)
+    assert data.classes == ("ant", "bee", "cat")
+    assert data.train_images.shape == (24, 3, 16, 16) and data.train_labels.bincount().tolist() == [8, 8, 8]
+    assert data.test_images.shape == (12, 3, 16, 16) and data.test_labels.bincount().tolist() == [4, 4, 4]
+
+
+def test_image_folder_pixels_are_the_files(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    for split in ("train", "test"):
+        (tmp_path / split / "only").mkdir(parents=True)
+        Image.fromarray(image).save(tmp_path / split / "only" / "a.png")
+    data = load_dataset("folder", tmp_path)
+    np.testing.assert_array_equal(data.train_images[0].permute(1, 2, 0), image)
+
+
+def test_a_second_start_reads_the_cache_and_changed_images_do_not(image_folder, monkeypatch):
+    first = load_dataset("folder", image_folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(image_data, "_read_folder", lambda *args: pytest.fail("decoded again"))
+        assert_equal(load_dataset("folder", image_folder), first)
+    Image.new("RGB", (20, 24)).save(image_folder / "train" / "ant" / "0.png")
+    changed = load_dataset("folder", image_folder)
+    assert changed.fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("size", [0, 100, 3000])
+def test_a_broken_cache_is_read_past(image_folder, size):
+    first = load_dataset("folder", image_folder)
+    cache = image_folder / "folder-32px.npz"
+    os.truncate(cache, size)
+    assert_equal(load_dataset("folder", image_folder), first)
+    assert_equal(image_data._read_cache(cache, "folder", image_data._listing(image_folder, ["train", "test"])), first)
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(image_folder, monkeypatch, capsys):
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(image_data, "atomic_write", full)
+    assert len(load_dataset("folder", image_folder).train_labels) == 24
+    assert "not cached" in capsys.readouterr().err
+
+
+def test_torchvisions_files_and_an_image_folder_give_the_same_bits(image_folder, tmp_path, monkeypatch):
+    """Two classes in torchvision's own pickles, and the same images as files in another order."""
+    as_folder = load_dataset("folder", image_folder)
+    files = tmp_path / "torchvision" / "cifar-100-python"
+    files.mkdir(parents=True)
+    random = np.random.default_rng(1)
+    for split in ("train", "test"):
+        images, labels = getattr(as_folder, f"{split}_images").numpy(), getattr(as_folder, f"{split}_labels").tolist()
+        order = random.permutation(len(labels))
+        entry = {"data": images[order].reshape(len(labels), -1), "fine_labels": [labels[i] for i in order]}
+        (files / split).write_bytes(pickle.dumps(entry))
+    (files / "meta").write_bytes(pickle.dumps({"fine_label_names": list(as_folder.classes)}))
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", None]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", None]])
+    monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": None})
+    monkeypatch.setattr(image_data, "CIFAR100_FINGERPRINT", as_folder.fingerprint)
+    assert_equal(load_dataset("cifar100", files.parent), as_folder)
+    assert_equal(load_dataset("cifar100", files.parent), as_folder)  # from the cache
+
+
+def test_other_images_are_not_cifar100(image_folder):
+    with pytest.raises(UserError, match=r"images is not CIFAR-100: 24 training .* --dataset folder"):
+        load_dataset("cifar100", image_folder)
+
+
+def test_missing_folder_names_itself_and_the_flag(tmp_path):
+    with pytest.raises(UserError, match=r"no images in .*/here.*train/<class>/\*.png.*--data-dir"):
+        load_dataset("folder", tmp_path / "here")
+
+
+def test_download_that_fails_says_how_to_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(CIFAR100, "url", "http://127.0.0.1:9/cifar.tar.gz")
+    with pytest.raises(UserError, match=r"could not be downloaded.*--data-dir.*--protocol smoke"):
+        load_dataset("cifar100", tmp_path)
+
+
+def test_damaged_torchvision_files(tmp_path):
+    (tmp_path / "cifar-100-python").mkdir()
+    (tmp_path / "cifar-100-python" / "train").write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"cifar-100-python is incomplete or damaged: delete it"):
+        load_dataset("cifar100", tmp_path)
+
+
+def test_a_damaged_image_is_named_not_skipped(image_folder):
+    os.truncate(image_folder / "test" / "bee" / "2.png", 200)
+    with pytest.raises(UserError, match=r"cannot read the image .*test/bee/2.png"):
+        load_dataset("folder", image_folder)
+
+
+def test_splits_with_other_classes(image_folder):
+    (image_folder / "test" / "cat").rename(image_folder / "test" / "dog")
+    with pytest.raises(UserError, match="differ in their class folders: cat, dog"):
+        load_dataset("folder", image_folder)
+    shutil.rmtree(image_folder / "test")
+    (image_folder / "test").mkdir()
+    with pytest.raises(UserError, match=r"no images in .*/test"):
+        load_dataset("folder", image_folder)
+
+
+def test_train_subset_is_even_over_the_classes():
+    data = load_dataset("digits", Path())
+    subset = data.train_subset(103)
+    counts = subset.train_labels.bincount()
+    assert counts.sum() == 103 and counts.max() - counts.min() == 1
+    assert torch.equal(subset.test_images, data.test_images)
+    rows = {row.numpy().tobytes() for row in data.train_images}
+    assert all(row.numpy().tobytes() in rows for row in subset.train_images)
+    assert subset.fingerprint != data.fingerprint
+
+
+def test_the_real_cifar100(cifar100):
+    data = load_dataset("cifar100", cifar100)  # refuses anything but CIFAR-100's fingerprint
+    assert data.train_images.shape == (50_000, 3, 32, 32) and data.test_images.shape == (10_000, 3, 32, 32)
+    assert data.train_labels.bincount().tolist() == [500] * 100
+    assert data.classes[0] == "apple" and data.classes[-1] == "worm"
+    pixels = data.train_images.double() / 255  # the published statistics
+    torch.testing.assert_close(pixels.mean((0, 2, 3)), torch.tensor([0.50707516, 0.48654887, 0.44091784]).double())
+    torch.testing.assert_close(
+        pixels.std((0, 2, 3), correction=0), torch.tensor([0.26733429, 0.25643846, 0.27615047]).double()
+    )

@@ -1,0 +1,127 @@
+"""The training objectives against their formulas in numpy and scipy."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import softmax
+from scipy.stats import entropy
+from timm.task import LogitDistillationTask
+from torch import nn
+
+import common
+
+
+class Linear(nn.Linear):
+    """A model whose logits are easy to have: four inputs, flattened, to five classes."""
+
+    num_classes, in_chans = 5, 1
+
+    def __init__(self):
+        super().__init__(4, 5)
+        self.pretrained_cfg = dict(mean=(0.0,), std=(1.0,))
+
+    def forward(self, x):
+        return super().forward(x.flatten(1)) * 5
+
+
+@pytest.fixture
+def batch():
+    return torch.randn(8, 1, 2, 2), torch.arange(8) % 5
+
+
+def kl(teacher, student):
+    """Batch mean of KL(teacher || student) of probabilities (B, K), in nats."""
+    return entropy(teacher, student, axis=1).mean()
+
+
+def expected(student, teachers, labels, reduction, temperature, kd_weight, ce_weight):
+    soft = softmax(student / temperature, axis=1)
+    soft_teachers = [softmax(t / temperature, axis=1) for t in teachers]
+    if reduction == "add":
+        kd = sum(kl(t, soft) for t in soft_teachers)
+    elif reduction == "mean":
+        kd = np.mean([kl(t, soft) for t in soft_teachers])
+    elif reduction == "softmax_mean":
+        kd = kl(np.mean(soft_teachers, axis=0), soft)
+    else:  # the sum is no distribution: sum_k q_k log(q_k / p_k), which scipy would normalise away
+        q = np.sum(soft_teachers, axis=0)
+        kd = (q * np.log(q / soft)).sum(1).mean()
+    ce = -np.log(softmax(student, axis=1)[np.arange(len(labels)), labels]).mean()
+    return ce_weight * ce + kd_weight * temperature**2 * kd
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 50.0])
+@pytest.mark.parametrize("reduction", ["add", "mean", "softmax_mean", "softmax_sum"])
+def test_ensemble_distillation(batch, reduction, temperature):
+    x, labels = batch
+    student, teachers = Linear().double(), [Linear().double() for _ in range(4)]
+    task = common.EnsembleDistillationTask(
+        student,
+        common.Teacher(*teachers),
+        reduction,
+        criterion=nn.CrossEntropyLoss(),
+        distill_loss_weight=0.8,
+        task_loss_weight=0.2,
+        temperature=temperature,
+    )
+    x = x.double()
+    logits = [model(x).detach().numpy() for model in teachers]
+    want = expected(student(x).detach().numpy(), logits, labels, reduction, temperature, 0.8, 0.2)
+    assert task(x, labels)["loss"].item() == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["add", "mean", "softmax_mean", "softmax_sum"])
+def test_one_teacher_is_timms_task(batch, reduction):
+    x, labels = batch
+    student, teacher = Linear(), Linear()
+    weights = dict(distill_loss_weight=0.8, task_loss_weight=0.2, temperature=50.0)
+    timms = LogitDistillationTask(student, common.Teacher(teacher), nn.CrossEntropyLoss(), **weights)
+    ours = common.EnsembleDistillationTask(
+        student, common.Teacher(teacher, teacher), reduction, criterion=nn.CrossEntropyLoss(), **weights
+    )
+    copies = {"add": 2, "softmax_sum": 2}.get(reduction, 1)  # twice the same teacher counts twice where they add up
+    want, got = timms(x, labels), ours(x, labels)
+    shift = 8e3 * np.log(2) if reduction == "softmax_sum" else 0  # 2q log(2q/p) = 2 q log(q/p) + 2 q log 2
+    assert got["kd_loss"].item() == pytest.approx(copies * want["kd_loss"].item() + shift / 1.6, rel=2e-4)
+    torch.testing.assert_close(got["task_loss"], want["task_loss"])
+
+
+def test_teachers_are_frozen_in_eval_mode_and_run_for_every_batch(digits):
+    images, labels = digits
+    data = common.normalize(images)
+    teachers = [common.timm.create_model("wrn_40_2", num_classes=10) for _ in range(2)]
+    student = common.timm.create_model("shufflenet_v1", num_classes=10)
+    task = common.EnsembleDistillationTask(student, common.Teacher(*teachers), "add", criterion=nn.CrossEntropyLoss())
+    before = [{k: v.clone() for k, v in t.state_dict().items()} for t in teachers]
+    task.train()
+    task(data, labels)["loss"].backward()
+    assert student.training and not any(module.training for t in teachers for module in t.modules())
+    assert all(p.grad is not None for p in student.parameters())
+    for teacher, weights in zip(teachers, before, strict=True):
+        assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+        assert all(torch.equal(v, weights[k]) for k, v in teacher.state_dict().items())
+    assert task.teacher(data).shape == (2, 64, 10)
+
+
+def test_augmix_objective_is_the_papers():
+    """Cross-entropy of the clean view + 12 x the Jensen-Shannon divergence of three (Hendrycks et al., 2020, eq. 1)."""
+    task = common.load_recipe("teacher_augmix")
+    run = RecordingRun()
+    task(common.config_type(task)(), run)
+    logits, labels = torch.randn(3 * 6, 10), torch.arange(6)
+    p = softmax(logits.numpy(), axis=1).reshape(3, 6, 10)
+    ce = -np.log(p[0, np.arange(6), labels]).mean()
+    js = np.mean([kl(view, p.mean(0)) for view in p])
+    assert run.task.criterion(logits, labels).item() == pytest.approx(ce + 12 * js, rel=1e-5)
+
+
+class RecordingRun:
+    """Stands in for `common.Run` and keeps the task."""
+
+    num_classes = 10
+
+    def create_model(self, name):
+        return Linear()
+
+    def fit(self, task, augment):
+        self.task, self.augment = task, augment

@@ -1,0 +1,75 @@
+"""The README's commands, its own row and its table, as a stranger would use them."""
+
+import dataclasses
+import importlib.util
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import common
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return tmp_path_factory.mktemp("results")
+
+
+def load_my_row(folder: Path):
+    code = re.search(r"```python\n# my_row.py\n(.*?)```", README, re.DOTALL)[1]
+    (folder / "my_row.py").write_text(code)
+    spec = importlib.util.spec_from_file_location("my_row", folder / "my_row.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def test_the_two_commands_come_first():
+    assert COMMANDS[:2] == [["uv", "run", "recipes/kd_cutmix.py", "--protocol", "smoke"], ["uv", "run", "pytest"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS[2:], ids=" ".join)
+def test_command(command, results, tmp_path, image_folder, monkeypatch):
+    """Each with its own arguments, at the smallest size: an epoch over a few digits, or a few images of one's own."""
+    assert command[:2] == ["uv", "run"]
+    script, arguments = Path(command[2]), command[3:]
+    main = load_my_row(tmp_path) if script.stem == "my_row" else common.load_recipe(script.stem)
+    assert script.stem == "my_row" or (ROOT / script).is_file()
+    if "--help" in arguments:
+        with pytest.raises(SystemExit):
+            common.parse(common.config_type(main), args=arguments)
+        return
+    cfg = common.parse(common.config_type(main), args=arguments)
+    tiny = dict(protocol="smoke", epochs=1, train_size=96, results_dir=results)
+    if cfg.dataset == "folder":
+        monkeypatch.chdir(tmp_path)
+        shutil.copytree(image_folder, cfg.data_dir)
+        tiny |= dict(train_size=None, results_dir=tmp_path / "results")
+    result = common.run_row(script.stem, main, dataclasses.replace(cfg, **tiny))
+    assert result["last"]["accuracy"] >= 0
+    assert result["dataset"] == ("folder" if cfg.dataset else "digits")
+
+
+def test_files_and_modules_that_it_names_exist():
+    for name in re.findall(
+        r"^(\S+)  +\S", re.search(r"## The code\n\n```\n(.*?)```", README, re.DOTALL)[1], re.MULTILINE
+    ):
+        assert (ROOT / name).exists(), name
+    table = re.search(r"## What a run leaves behind(.*?)## The code", README, re.DOTALL)[1]
+    for name in ("result.json", "history.csv", "reliability.png", "probabilities.npz", "model.safetensors"):
+        assert f"`{name}`" in table
+
+
+def test_environment_installs_the_project_from_pyproject():
+    text = (ROOT / "environment.yml").read_text()
+    assert re.search(r"pip:\n\s+- -e \.\n", text) and "torch" not in text

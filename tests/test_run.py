@@ -1,0 +1,303 @@
+"""What a run promises: the same bits, resumed or not; nothing trained twice; no foreign teacher believed."""
+
+import csv
+import dataclasses
+import functools
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from conftest import ROOT, run_row
+
+import common
+from run_files import UserError, atomic_write
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_in_epoch(monkeypatch, epoch: int) -> None:
+    """Let the training loop die in the second step of an epoch."""
+    real = common.Standard.__call__
+    steps = []
+
+    def augment(self, images, labels):
+        steps.append(1)
+        if len(steps) == 3 * (epoch - 1) + 2:  # three steps an epoch
+            raise Killed
+        return real(self, images, labels)
+
+    monkeypatch.setattr(common.Standard, "__call__", augment)
+
+
+THREE_STEPS = dict(epochs=3, train_size=96, batch_size=32)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch, capsys):
+    result, whole = run_row("teacher_cutmix", tmp_path / "whole", **THREE_STEPS)
+    for epoch in (3, 1):  # dies in its third epoch, then once more right after resuming
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_in_epoch(patch, epoch)
+            run_row("teacher_cutmix", tmp_path / "killed", **THREE_STEPS)
+    assert "resuming after epoch 2 of 3" in capsys.readouterr().out
+    resumed, killed = run_row("teacher_cutmix", tmp_path / "killed", **THREE_STEPS)
+    for name in ("model.safetensors", "best.safetensors", "probabilities.npz", "reliability.png"):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
+    histories = [list(csv.DictReader((path / "history.csv").open())) for path in (whole, killed)]
+    for line in (*histories[0], *histories[1]):
+        del line["seconds"]
+    assert histories[0] == histories[1] and len(histories[0]) == 3
+    assert (result["best"], result["last"]) == (resumed["best"], resumed["last"])
+    assert not (killed / "checkpoint.pt").exists()
+
+
+def test_the_seed_decides_everything(tmp_path):
+    runs = [run_row("student_baseline", tmp_path / str(i), seed=seed)[0] for i, seed in enumerate((1, 1, 2))]
+    assert runs[0]["last"] == runs[1]["last"] != runs[2]["last"]
+
+
+def test_every_file_is_there_and_consistent(tmp_path):
+    result, path = run_row("student_baseline", tmp_path, epochs=2, lr=0.05)
+    assert {p.name for p in path.iterdir()} == {
+        "result.json", "history.csv", "reliability.png", "reliability.csv", "model.safetensors", "best.safetensors",
+        "probabilities.npz",
+    }  # fmt: skip
+    assert json.loads((path / "result.json").read_text()) == result
+    assert (result["row"], result["protocol"], result["seed"], result["dataset"]) == (
+        "student_baseline",
+        "smoke",
+        0,
+        "digits",
+    )
+    assert result["published"] == {"accuracy": 0.7145, "ece": 0.089, "oe": 0.0646, "best_epoch": 186}
+    assert result["settings"]["lr"] == 0.05 and result["changes"] == {
+        "epochs": 2, "milestones": [2, 2, 2], "train_size": 96, "lr": 0.05
+    }  # fmt: skip
+    assert set(result["versions"]) == {"python", "torch", "timm", "numpy", "cuda", "commit"}
+    assert (
+        result["versions"]["torch"] == torch.__version__ and result["images_per_second"] > 0 < result["train_seconds"]
+    )
+
+    with (path / "history.csv").open() as file:
+        history = list(csv.DictReader(file))
+    assert list(history[0]) == ["epoch", "lr", "train_loss", "accuracy", "ece", "oe", "nll", "seconds"]
+    assert [float(line["lr"]) for line in history] == [0.05, 0.05]
+    assert float(history[-1]["accuracy"]) == result["last"]["accuracy"]
+    assert max(float(line["accuracy"]) for line in history) == result["best"]["accuracy"]
+
+    data = common.load_dataset("digits", Path())
+    arrays = np.load(path / "probabilities.npz")
+    assert arrays["labels"].tolist() == data.test_labels.tolist()
+    for which, weights in (("last", "model"), ("best", "best")):
+        metrics = common.calibration_metrics(arrays[which], arrays["labels"])
+        assert {k: v for k, v in result[which].items() if k != "epoch"} == metrics.scores
+        model = timm.create_model("shufflenet_v1", num_classes=10).eval()
+        model.load_state_dict(safetensors.torch.load_file(path / f"{weights}.safetensors"))
+        with torch.inference_mode():
+            p = model(common.normalize(data.test_images)).softmax(1)
+        np.testing.assert_allclose(p, arrays[which], atol=1e-5)
+
+
+def test_the_learning_rate_falls_at_the_milestones(tmp_path):
+    _, path = run_row("student_baseline", tmp_path, epochs=4, milestones=(1, 3))
+    with (path / "history.csv").open() as file:
+        assert [float(line["lr"]) for line in csv.DictReader(file)] == pytest.approx([0.01, 0.001, 0.001, 0.0001])
+
+
+def test_a_finished_run_is_only_printed(tmp_path, monkeypatch):
+    first, path = run_row("kd_cutmix", tmp_path)
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+    monkeypatch.setattr(common.Run, "data", property(lambda self: pytest.fail("read the data again")))
+    assert run_row("kd_cutmix", tmp_path)[0] == first
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
+    text = common.summary(first, path)
+    assert "published" in text and "74.62%" in text and f"{first['best']['accuracy']:.2%}" in text
+    assert str(path / "result.json") in text and str(path / "reliability.png") in text
+
+
+def test_overwrite_starts_this_row_over_but_not_its_teacher(tmp_path):
+    first, path = run_row("kd_cutmix", tmp_path)
+    teacher = tmp_path / "smoke" / "teacher_cutmix"
+    stamps = [(p / "model.safetensors").stat().st_mtime_ns for p in (path, next(teacher.iterdir()))]
+    second, _ = run_row("kd_cutmix", tmp_path, overwrite=True)
+    assert second["last"] == first["last"]
+    assert (path / "model.safetensors").stat().st_mtime_ns > stamps[0]
+    assert (next(teacher.iterdir()) / "model.safetensors").stat().st_mtime_ns == stamps[1]
+
+
+def test_a_missing_teacher_is_trained_first_and_only_once(tmp_path, capsys):
+    _, path = run_row("kd_mixup", tmp_path, seed=3)
+    out = capsys.readouterr().out
+    assert "kd_mixup needs teacher_mixup" in out and "teacher_mixup is finished" in out
+    teacher = next((tmp_path / "smoke" / "teacher_mixup").iterdir())
+    result = json.loads((teacher / "result.json").read_text())
+    assert (result["seed"], result["settings"]["train_size"], result["settings"]["epochs"]) == (3, 96, 1)
+    assert result["settings"]["lr"] == 0.05  # its own, not the student's
+    assert json.loads((path / "result.json").read_text())["sources"] == [str(teacher)]
+    run_row("kd_mixup", tmp_path, seed=3, temperature=4.0)
+    assert "needs" not in capsys.readouterr().out
+
+    (teacher / "model.safetensors").unlink()
+    run_row("kd_mixup", tmp_path, seed=3, temperature=5.0)
+    assert "kd_mixup needs teacher_mixup" in capsys.readouterr().out
+
+
+def test_a_teacher_by_its_folder(tmp_path):
+    _, teacher = run_row("student_baseline", tmp_path)
+    result, _ = run_row("kd_cutmix", tmp_path, teacher=str(teacher))
+    assert result["sources"] == [str(teacher)]
+
+
+def test_a_teacher_of_other_images_or_classes_is_refused(tmp_path, image_folder):
+    _, teacher = run_row("teacher_baseline", tmp_path / "a", train_size=64)
+    with pytest.raises(UserError, match="was trained on other images than kd_vanilla is"):
+        run_row("kd_vanilla", tmp_path / "b", teacher=str(teacher))
+    with pytest.raises(UserError, match="knows 10 classes, not the 3 of folder"):
+        run_row(
+            "kd_vanilla", tmp_path / "b", teacher=str(teacher), dataset="folder", data_dir=image_folder, train_size=None
+        )
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_teacher_whose_weights_do_not_fit_is_refused(tmp_path):
+    _, teacher = run_row("teacher_baseline", tmp_path)
+    safetensors.torch.save_file({"conv1.weight": torch.zeros(1)}, teacher / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be used"):
+        run_row("kd_vanilla", tmp_path)
+    (teacher / "model.safetensors").write_bytes(b"\x00" * 100)
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be used"):
+        run_row("kd_vanilla", tmp_path)
+
+
+def test_ensembles_average_their_members_probabilities(tmp_path):
+    members = [str(run_row("student_baseline", tmp_path, seed=seed)[1]) for seed in (0, 1)]
+    result, path = run_row("teacher_ensemble", tmp_path, members=tuple(members), weights=(3.0, 1.0))
+    arrays = [np.load(Path(member) / "probabilities.npz") for member in members]
+    for which in ("best", "last"):
+        mean = 0.75 * arrays[0][which].astype(float) + 0.25 * arrays[1][which]
+        np.testing.assert_allclose(np.load(path / "probabilities.npz")[which], mean, atol=1e-6)
+        want = common.calibration_metrics(mean, arrays[0]["labels"]).scores
+        assert {k: result[which][k] for k in want} == pytest.approx(want, abs=1e-6)
+    assert result["sources"] == members and result["model"] is None
+
+
+def test_other_images_in_the_same_place_are_refused(tmp_path, image_folder):
+    settings = dict(dataset="folder", data_dir=image_folder, train_size=None, batch_size=8)
+    run_row("student_baseline", tmp_path / "results", **settings)
+    other = shutil.copytree(image_folder, tmp_path / "other")
+    shutil.copy(other / "train" / "ant" / "0.png", other / "train" / "ant" / "1.png")
+    with pytest.raises(UserError, match="was made with other images: --overwrite it"):
+        run_row("student_baseline", tmp_path / "results", **{**settings, "data_dir": other})
+
+
+def test_a_checkpoint_of_other_images_is_refused(tmp_path, image_folder, monkeypatch):
+    settings = dict(dataset="folder", data_dir=image_folder, train_size=None, batch_size=8, epochs=2)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_in_epoch(patch, 2)
+        run_row("student_baseline", tmp_path / "results", **settings)
+    common._shared_dataset.cache_clear()  # as in a process of its own
+    shutil.copy(image_folder / "train" / "ant" / "0.png", image_folder / "train" / "ant" / "1.png")
+    with pytest.raises(UserError, match="was made with other images"):
+        run_row("student_baseline", tmp_path / "results", **settings)
+
+
+def test_a_rows_own_settings_that_changed_in_its_file_are_noticed(tmp_path, monkeypatch):
+    run_row("student_baseline", tmp_path)
+    config = common.config_type(common.load_recipe("student_baseline"))
+    monkeypatch.setattr(config, "__init__", functools.partialmethod(config.__init__, lr=0.3))
+    with pytest.raises(UserError, match=r"was made with lr 0\.01, now 0\.3"):
+        run_row("student_baseline", tmp_path)
+
+
+def test_damaged_files_are_named(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_in_epoch(patch, 2)
+        run_row("student_baseline", tmp_path, **THREE_STEPS)
+    checkpoint = next(tmp_path.rglob("checkpoint.pt"))
+    checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"checkpoint\.pt is damaged .*: delete it"):
+        run_row("student_baseline", tmp_path, **THREE_STEPS)
+    (checkpoint.parent / "result.json").write_text('{"row": "stud')
+    with pytest.raises(UserError, match=r"result\.json is damaged: delete the folder"):
+        run_row("student_baseline", tmp_path, **THREE_STEPS)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(
+        UserError, match=r"the loss is (nan|inf) in epoch \d at learning rate 1e\+20: try a smaller --lr"
+    ):
+        run_row("student_baseline", tmp_path, lr=1e20, epochs=3, batch_size=32)
+    assert not list(tmp_path.rglob("result.json"))
+
+
+def test_the_last_single_image_of_an_epoch_is_left_out(tmp_path):
+    result, _ = run_row("teacher_mixup", tmp_path, train_size=65, batch_size=32)
+    assert np.isfinite(result["last"]["nll"])
+
+
+def test_atomic_write_leaves_the_old_file_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(Killed), atomic_write(path) as file:
+        file.write(b"half of the new")
+        raise Killed
+    assert path.read_bytes() == b"old"
+    with atomic_write(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_wandb_records_the_run_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    _, path = run_row("student_baseline", tmp_path)
+    records = list(path.glob("wandb/offline-run-*/*.wandb"))
+    assert len(records) == 1 and records[0].stat().st_size > 1000
+
+
+def test_wandb_that_fails_costs_a_warning(tmp_path, monkeypatch, capsys):
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(wandb, "init", lambda **kwargs: (_ for _ in ()).throw(wandb.errors.CommError("no server")))
+    run_row("student_baseline", tmp_path)
+    assert "warning: not tracked by Weights & Biases: no server" in capsys.readouterr().err
+
+
+def test_a_long_run_on_a_cpu_says_so(tmp_path, monkeypatch, capsys):
+    kill_in_epoch(monkeypatch, 3)  # after six steps of the first epoch
+    with pytest.raises(Killed):
+        run_row("student_baseline", tmp_path, epochs=500_000, train_size=192, batch_size=32)
+    assert "student_baseline will take about" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_real_images_from_the_command_line(cifar100, tmp_path):
+    """640 real images, all 10,000 test images, the command a user types."""
+    command = [sys.executable, ROOT / "recipes" / "student_baseline.py", "--data-dir", cifar100, "--train-size", "640"]
+    done = subprocess.run(
+        [*map(str, command), "--epochs", "1", "--results-dir", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    result = json.loads(next(tmp_path.rglob("result.json")).read_text())
+    assert (
+        f"best (epoch 1)          {result['best']['accuracy']:.2%}".split() == done.stdout.splitlines()[-4].split()[:4]
+    )
+    assert result["last"]["nll"] == pytest.approx(np.log(100), abs=1.5)
+
+
+def test_config_fields_round_trip_through_json(tmp_path):
+    main = common.load_recipe("kd_ensemble_add_loss")
+    cfg = common.resolve(common.config_type(main)(protocol="smoke", seed=4))
+    stored = json.loads(json.dumps(common.settings(cfg)))
+    names = {field.name for field in dataclasses.fields(cfg)}
+    assert set(stored) == names and stored["teachers"] == list(cfg.teachers) and stored["seed"] == 4

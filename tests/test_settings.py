@@ -1,0 +1,169 @@
+"""Settings, their bounds, the command line, and what makes a run the same run."""
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROWS
+
+import common
+from run_files import UserError
+
+
+def config(row: str, **settings):
+    return common.config_type(common.load_recipe(row))(**settings)
+
+
+def test_sixteen_rows_with_their_published_numbers():
+    assert len(ROWS) == 16
+    for row in ROWS:
+        numbers = common.published(row, {})
+        doc = common.load_recipe(row).__globals__["__doc__"]
+        found = re.search(r"Published: accuracy ([\d.]+) %, ECE ([\d.]+), OE ([\d.]+)(?:, at epoch (\d+))?\.", doc)
+        assert [float(found[1]) / 100, float(found[2]), float(found[3])] == pytest.approx(
+            [numbers["accuracy"], numbers["ece"], numbers["oe"]]
+        )
+        assert (found[4] and float(found[4])) == numbers["best_epoch"]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_settings_are_the_papers(row):
+    cfg = common.resolve(config(row))
+    assert (cfg.protocol, cfg.epochs, cfg.milestones, cfg.dataset) == ("paper", 500, (150, 180, 210), "cifar100")
+    if row.startswith("teacher_") and row != "teacher_ensemble":
+        assert (cfg.batch_size, cfg.lr, cfg.momentum, cfg.weight_decay) == (128, 0.05, 0.9, 5e-4)
+    elif not row.endswith("_ensemble"):
+        assert (cfg.batch_size, cfg.lr, cfg.momentum, cfg.weight_decay) == (64, 0.01, 0.9, 5e-4)
+    if row.startswith("kd_"):
+        assert (cfg.temperature, cfg.kd_weight, cfg.ce_weight) == (50, 0.8, 0.2)
+    if row.endswith("_ensemble") and not row.startswith("kd_"):
+        by_kind = dict(zip((m.split("_")[1] for m in cfg.members), cfg.weights, strict=True))
+        assert by_kind == {
+            "baseline" if row[0] == "t" else "vanilla": 5,
+            "cutmix": 1,
+            "cutout": 5,
+            "mixup": 1,
+            "augmix": 1,
+        }
+    if row.startswith("kd_ensemble"):
+        assert set(cfg.teachers) == {"teacher_mixup", "teacher_cutmix", "teacher_cutout", "teacher_augmix"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "epochs", "milestones"),
+    [
+        (dict(protocol="short"), 240, (150, 180, 210)),
+        (dict(protocol="quick"), 30, (19, 23, 27)),
+        (dict(protocol="short", epochs=120), 120, (75, 90, 105)),
+        (dict(epochs=1), 1, (1, 1, 1)),  # no milestone before the first epoch
+        (dict(epochs=10, milestones=(5,)), 10, (5,)),
+    ],
+)
+def test_milestones_keep_their_place(settings, epochs, milestones):
+    cfg = common.resolve(config("kd_cutmix", **settings))
+    assert (cfg.epochs, cfg.milestones) == (epochs, milestones)
+
+
+def folder(row="kd_cutmix", **settings) -> str:
+    return common.Run(row, config(row, **settings)).path.as_posix()
+
+
+def test_a_rows_folder_and_its_variants():
+    assert folder() == "results/paper/kd_cutmix/seed0"
+    assert folder(protocol="short", seed=3, results_dir=Path("other")) == "other/short/kd_cutmix/seed3"
+    # the row's own values spelled out, and where it runs, make no variant
+    assert folder(epochs=500, milestones=(150, 180, 210), temperature=50.0, dataset="cifar100") == folder()
+    assert folder(data_dir=Path("elsewhere"), device="cpu", wandb="disabled", overwrite=True) == folder()
+    variants = [
+        folder(temperature=4.0), folder(temperature=5.0), folder(epochs=10), folder(lr=0.1), folder(train_size=5000),
+        folder(dataset="digits"), folder(teacher="teacher_mixup"), folder(temperature=4.0, lr=0.1),
+    ]  # fmt: skip
+    assert len(set(variants)) == len(variants)
+    assert all(re.fullmatch(r"results/paper/kd_cutmix/seed0-[0-9a-f]{8}", path) for path in variants)
+
+
+def test_a_variant_has_its_own_published_numbers():
+    changes = common.Run("kd_vanilla", config("kd_vanilla", temperature=4.0)).changes
+    assert common.published("kd_vanilla", changes)["accuracy"] == 0.7471
+    changes = common.Run("teacher_ensemble", config("teacher_ensemble", weights=(1.0,) * 5)).changes
+    assert common.published("teacher_ensemble", changes)["accuracy"] == 0.8174
+    assert common.published("kd_vanilla", {"temperature": 7})["accuracy"] == 0.7541
+    assert common.published("my_row", {}) is None
+
+
+WRONG = [
+    ("kd_cutmix", "--epochs 0", "--epochs must be 1 or more, not 0"),
+    ("kd_cutmix", "--epochs -1", "--epochs must be 1 or more, not -1"),
+    ("kd_cutmix", "--epochs two", "--epochs"),
+    ("kd_cutmix", "--epochs 1.5", "--epochs"),
+    ("kd_cutmix", "--milestones 0 5", "--milestones must be 1 or more, not 0"),
+    ("kd_cutmix", "--seed -1", "--seed must be 0 or more, not -1"),
+    ("kd_cutmix", "--seed x", "--seed"),
+    ("kd_cutmix", "--lr 0", "--lr must be greater than 0, not 0.0"),
+    ("kd_cutmix", "--lr nan", "--lr must be greater than 0, not nan"),
+    ("kd_cutmix", "--lr inf", "--lr must be greater than 0, not inf"),
+    ("kd_cutmix", "--lr", "--lr"),
+    ("kd_cutmix", "--batch-size 1", "--batch-size must be 2 or more, not 1"),
+    ("kd_cutmix", "--momentum -0.1", "--momentum must be 0 or more"),
+    ("kd_cutmix", "--temperature 0", "--temperature must be greater than 0"),
+    ("kd_cutmix", "--kd-weight -1", "--kd-weight must be 0 or more"),
+    ("kd_cutmix", "--ce-weight nan", "--ce-weight must be 0 or more"),
+    ("kd_cutmix", "--protocol long", "'paper', 'short', 'quick', 'smoke'"),
+    ("kd_cutmix", "--protocol smok", "--protocol"),
+    ("kd_cutmix", "--protocl smoke", "--protocl, smoke (did you mean --protocol?)"),
+    ("kd_cutmix", "--dataset cifar10", "cifar100"),
+    ("kd_cutmix", "--device tpu", "cuda"),
+    ("kd_cutmix", "--wandb maybe", "offline"),
+    ("kd_cutmix", "--image-size 8", "--image-size must be 16 or more, not 8"),
+    ("kd_cutmix", "--train-size 0", "--train-size must be 1 or more"),
+    ("kd_cutmix", "--protocol smoke --train-size 2000", "--train-size must be at most 1437, not 2000"),
+    ("kd_cutmix", "--protocol smoke --teacher teacher_cutmx", "there is no recipe teacher_cutmx"),
+    ("kd_cutmix", "--dataset folder --data-dir nowhere", "no images in nowhere"),
+    ("kd_cutmix", "more", "more"),
+    ("kd_ensemble_add_loss", "--reduction median", "softmax_mean"),
+    ("teacher_mixup", "--alpha -1", "--alpha must be 0 or more"),
+    ("teacher_cutmix", "--alpha 0", "--alpha must be greater than 0"),
+    ("teacher_cutout", "--hole 1.5", "--hole must be above 0 and at most 1"),
+    ("teacher_augmix", "--severity 11", "--severity must be from 0.1 to 10"),
+    ("teacher_ensemble", "--weights -1 1 1 1 1", "--weights must be 0 or more"),
+    ("teacher_ensemble", "--weights 1 1", "--weights takes 5 numbers"),
+    ("teacher_ensemble", "--weights 0 0 0 0 0", "--weights takes 5 numbers, one for each of --members, not all 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("row", "arguments", "message"), WRONG, ids=[f"{row} {arguments}" for row, arguments, _ in WRONG]
+)
+def test_wrong_arguments_end_in_one_line_and_exit_code_2(row, arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"recipes/{row}.py", *arguments.split()])
+    with pytest.raises(SystemExit) as stop:
+        common.cli(common.load_recipe(row))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert not list(tmp_path.iterdir())  # nothing created
+
+
+def test_no_gpu(monkeypatch):
+    monkeypatch.setattr(common.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cuda: torch sees no GPU"):
+        common.Run("kd_cutmix", config("kd_cutmix", device="cuda"))
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_help_explains_every_setting(row, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [row, "--help"])
+    monkeypatch.setenv("COLUMNS", "120")
+    main = common.load_recipe(row)
+    with pytest.raises(SystemExit) as stop:
+        common.cli(main)
+    assert stop.value.code == 0
+    text = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+    assert "Published: accuracy" in text
+    for field in dataclasses.fields(common.config_type(main)):
+        flag = f"--{field.name.replace('_', '-')}"
+        explained = re.search(rf"{flag} [^(]*?[a-z]{{3,}} [^(]*\(", text)
+        assert explained, f"{flag} is not explained"
