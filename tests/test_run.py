@@ -98,7 +98,7 @@ def test_every_file_is_there_and_consistent(tmp_path):
     assert arrays["labels"].tolist() == data.test_labels.tolist()
     for which, weights in (("last", "model"), ("best", "best")):
         metrics = common.calibration_metrics(arrays[which], arrays["labels"])
-        assert {k: v for k, v in result[which].items() if k != "epoch"} == metrics.scores
+        assert result[which].items() >= metrics.scores.items()
         model = timm.create_model("shufflenet_v1", num_classes=10).eval()
         model.load_state_dict(safetensors.torch.load_file(path / f"{weights}.safetensors"))
         with torch.inference_mode():
