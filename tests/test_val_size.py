@@ -113,3 +113,23 @@ def test_members_with_other_held_out_images_are_refused(trained, tmp_path):
     run = common.Run("student_ensemble", EnsembleConfig(**{**values, "val_size": 90, "results_dir": tmp_path}))
     with pytest.raises(UserError, match="other images"):
         run.ensemble([str(trained.path)], [1])
+
+
+def test_a_stopped_run_resumes_to_the_same_selection(trained, tmp_path, monkeypatch):
+    main, predict, calls = common.load_recipe("student_baseline"), common.Run.predict, []
+    cfg = common.config_type(main)(**{**vars(trained.cfg), "results_dir": tmp_path})
+
+    def stop_in_third_epoch(self, model, images):
+        calls.append(1)
+        if len(calls) == 5:  # test and validation images in each epoch
+            raise KeyboardInterrupt
+        return predict(self, model, images)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common.Run, "predict", stop_in_third_epoch)
+        common.run_row("student_baseline", main, cfg)
+    result = common.run_row("student_baseline", main, cfg)
+    whole = json.loads((trained.path / "result.json").read_text())
+    assert [result[name] for name in ("best", "last", "selected")] == [
+        whole[name] for name in ("best", "last", "selected")
+    ]
