@@ -36,8 +36,6 @@ import timm
 import torch
 import torch.nn.functional as F
 import tyro
-from PIL import Image
-from timm.data.auto_augment import AugmentOp, AugMixAugment
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.task import LogitDistillationTask, TrainingTask
@@ -45,6 +43,7 @@ from timm.task.distillation import DistillationTeacher
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from augmix import BatchedAugMix, TimmAugMix
 from calibration import calibration_metrics, reliability_diagram
 from cifar_models import CIFAR_MEAN, CIFAR_STD
 from image_data import Dataset, load_dataset
@@ -165,43 +164,25 @@ class CutOut(Standard):
         return canvas[:, :, before : before + h, before : before + w].contiguous(), labels
 
 
-class AugMixOp(AugmentOp):
-    """A timm operation at a level drawn from U(0.1, severity) at each call, as AugMix's authors draw it."""
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        level = random.uniform(0.1, self.magnitude)
-        return self.aug_fn(image, *(self.level_fn(level, self.hparams) if self.level_fn else ()), **self.kwargs)
-
-
 class AugMix(Standard):
-    """AugMix (Hendrycks et al., 2020) through timm's `AugMixAugment`: returns (3 * B, 3, H, W), the clean view and
-    two augmented ones in turn, as timm's `JsdCrossEntropy` expects them; labels stay (B,).
+    """AugMix (Hendrycks et al., 2020): returns (3 * B, 3, H, W), the clean view and two augmented ones in turn, as
+    timm's `JsdCrossEntropy` expects them; labels stay (B,).
 
     Args:
         severity: largest level of an operation, out of 10.
-        width: chains that are mixed.
-        depth: operations in a chain; -1 draws 1 to 3.
-        alpha: parameter of the Dirichlet and Beta weights.
+        backend: `batched` is tensor code on the images' device, `timm` goes through PIL, an image at a time. They
+            agree but for rounding, and draw from other generators.
     """
 
     order = ("rotate", "flip", "crop")  # as the original script has it for this row
-    operations = (
-        "AutoContrast", "Equalize", "PosterizeIncreasing", "Rotate", "SolarizeIncreasing",
-        "ShearX", "ShearY", "TranslateXRel", "TranslateYRel",
-    )  # fmt: skip
 
-    def __init__(self, severity: float = 3.0, width: int = 3, depth: int = -1, alpha: float = 1.0):
+    def __init__(self, severity: float = 3.0, backend: Literal["batched", "timm"] = "batched"):
         super().__init__()
-        hparams = dict(img_mean=(0, 0, 0), translate_pct=1 / 3, interpolation=Image.Resampling.BILINEAR)
-        ops = [AugMixOp(name, 1.0, severity, hparams) for name in self.operations]
-        self.augmix = AugMixAugment(ops, alpha, width, depth)
+        self.augmix = (BatchedAugMix if backend == "batched" else TimmAugMix)(severity)
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         clean = self.warp(images, *self.draw(images))
-        pictures = [Image.fromarray(array) for array in clean.permute(0, 2, 3, 1).cpu().numpy()]
-        views = np.stack([np.asarray(self.augmix(picture)) for _ in range(2) for picture in pictures])
-        views = torch.from_numpy(views).to(images.device).permute(0, 3, 1, 2)
-        return normalize(torch.cat([clean, views])), labels
+        return normalize(torch.cat([clean, self.augmix(clean.repeat(2, 1, 1, 1))])), labels
 
 
 # 2. Objectives -------------------------------------------------------------------------------------------
