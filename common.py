@@ -118,6 +118,30 @@ class Standard:
         return images.flatten(2).gather(2, source).view_as(images) * visible.unsqueeze(1)
 
 
+class CutMix(Mixup):
+    """timm's `Mixup` with CutMix alone, per image, but without its loop over the images: the same numbers drawn in the
+    same order, hence the same result. The loop would launch a copy for each image."""
+
+    def __init__(self, alpha: float, num_classes: int):
+        super().__init__(0.0, alpha, mode="elem", label_smoothing=0.0, num_classes=num_classes)
+
+    def _mix_elem(self, x: Tensor) -> Tensor:
+        h, w = x.shape[-2:]
+        lam, _ = self._params_per_elem(len(x))
+        side = np.sqrt(1 - lam)[:, None]
+        size = (np.array((h, w), np.float32) * side).astype(int)
+        center = np.zeros_like(size)
+        center[lam != 1] = np.random.randint((h, w), size=((lam != 1).sum(), 2))
+        low, high = (np.clip(edge, 0, (h, w)) for edge in (center - size // 2, center + (size + 1) // 2))
+        lam = torch.from_numpy(1 - np.prod(high - low, 1) / (h * w)).to(x.dtype).unsqueeze(1)
+        boxes, lam = (t.to(x.device, non_blocking=True) for t in (torch.from_numpy(np.hstack([low, high])), lam))
+        top, left, bottom, right = boxes[..., None, None].unbind(1)
+        y, x_ = torch.arange(h, device=x.device).view(-1, 1), torch.arange(w, device=x.device)
+        inside = (y >= top) & (y < bottom) & (x_ >= left) & (x_ < right)
+        torch.where(inside.unsqueeze(1), x.flip(0), x, out=x)
+        return lam
+
+
 class Mix(Standard):
     """Standard augmentation, then timm's `Mixup`: images paired within the batch, soft targets (B, num_classes).
 
@@ -130,9 +154,11 @@ class Mix(Standard):
 
     def __init__(self, num_classes: int, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0):
         super().__init__()
-        mode = "elem" if cutmix_alpha else "batch"
-        self.mixup = Mixup(mixup_alpha, cutmix_alpha, mode=mode, label_smoothing=0.0, num_classes=num_classes)
-        self.mixup.mixup_enabled = mixup_alpha > 0 or cutmix_alpha > 0
+        if cutmix_alpha:
+            self.mixup = CutMix(cutmix_alpha, num_classes)
+        else:
+            self.mixup = Mixup(mixup_alpha, label_smoothing=0.0, num_classes=num_classes)
+            self.mixup.mixup_enabled = mixup_alpha > 0
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         even = len(images) // 2 * 2  # timm pairs images; where an epoch's last batch is odd, one sits out
@@ -143,7 +169,8 @@ class CutOut(Standard):
     """Standard augmentation, then CutOut (DeVries & Taylor, 2017): one square hole, 0 after normalisation.
 
     Its centre is uniform over the image and the border clips it. timm's `RandomErasing` keeps its rectangle inside,
-    so it erases on a canvas that is larger by the hole less one pixel, and the canvas is cut off again.
+    so it erases on a canvas that is larger by the hole less one pixel, and the canvas is cut off again. The canvas is a
+    mask on the CPU, for timm erases in a loop over the images.
 
     Args:
         size: side of the hole, as a fraction of the image (16 of 32 pixels).
@@ -157,11 +184,12 @@ class CutOut(Standard):
         images, labels = super().__call__(images, labels)
         h, w = images.shape[-2:]
         hole = round(self.size * h)
-        before, after = hole // 2, hole - 1 - hole // 2
-        area = hole**2 / ((h + hole - 1) * (w + hole - 1))
-        erase = RandomErasing(1.0, area, area, min_aspect=1.0, max_aspect=1.0, device=images.device)
-        canvas = erase(F.pad(images, (before, after, before, after)))
-        return canvas[:, :, before : before + h, before : before + w].contiguous(), labels
+        before = hole // 2
+        canvas = torch.ones(len(images), 1, h + hole - 1, w + hole - 1, dtype=torch.bool)
+        area = hole**2 / canvas[0].numel()
+        RandomErasing(1.0, area, area, min_aspect=1.0, max_aspect=1.0, device="cpu")(canvas)
+        kept = canvas[:, :, before : before + h, before : before + w].to(images.device, non_blocking=True)
+        return images.masked_fill_(~kept, 0), labels
 
 
 class AugMix(Standard):
