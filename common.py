@@ -41,6 +41,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.task import LogitDistillationTask, TrainingTask
 from timm.task.distillation import DistillationTeacher
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 from tqdm import tqdm
 
 from augmix import BatchedAugMix, TimmAugMix
@@ -48,6 +49,7 @@ from calibration import calibration_metrics, reliability_diagram
 from cifar_models import CIFAR_MEAN, CIFAR_STD
 from image_data import Dataset, load_dataset
 from run_files import UserError, atomic_write, read_result, save_weights
+from training import Compile, Precision, Trainer
 
 ROOT = Path(__file__).resolve().parent
 
@@ -62,8 +64,14 @@ ROOT = Path(__file__).resolve().parent
 
 def normalize(images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) -> float32 with CIFAR's mean and standard deviation taken out."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (CIFAR_MEAN, CIFAR_STD))
+    mean, std = _mean_std(images.device)
     return images.float().div_(255).sub_(mean).div_(std)
+
+
+@functools.cache
+def _mean_std(device: torch.device) -> Tensor:
+    """float32 (2, 3, 1, 1). Kept, for a GPU would be waited for at every copy."""
+    return torch.tensor((CIFAR_MEAN, CIFAR_STD), device=device).view(2, 3, 1, 1)
 
 
 class Standard:
@@ -101,16 +109,15 @@ class Standard:
         start_y = h / 2 - sin * (w - 1) / 2 - cos * (h - 1) / 2
         # 16.16 fixed point as in PIL, so that what lies on an edge falls to the same side as there
         fixed = (torch.floor(v * 65536 + 0.5).long() for v in (cos, sin, start_x, start_y))
-        down, right, flip, cos, sin, start_x, start_y = (
-            t.view(b, 1, 1).to(images.device, non_blocking=True) for t in (*shift, flip, *fixed)
-        )
+        draws = torch.stack([*shift, flip, *fixed]).to(images.device, non_blocking=True)
+        down, right, flip, cos, sin, start_x, start_y = draws.view(7, b, 1, 1)
         y, x = torch.meshgrid(*(torch.arange(n, device=images.device) for n in (h, w)), indexing="ij")
         visible = torch.ones((), dtype=torch.bool, device=images.device)
         for step in reversed(self.order):
             if step == "crop":
                 y, x = y - down, x - right
             elif step == "flip":
-                x = torch.where(flip, w - 1 - x, x)
+                x = torch.where(flip > 0, w - 1 - x, x)
             else:
                 y, x = (start_y + sin * x + cos * y) >> 16, (start_x + cos * x - sin * y) >> 16
             visible = visible & (x >= 0) & (x < w) & (y >= 0) & (y < h)
@@ -220,7 +227,10 @@ class Teacher(DistillationTeacher):
     """One frozen teacher, or several whose logits are stacked: (B, 3, H, W) -> (B, K) or (teachers, B, K)."""
 
     def __init__(self, *models: nn.Module):
-        super().__init__(models[0] if len(models) == 1 else StackedModels(models))
+        folded = [
+            fuse(model.eval().requires_grad_(False)) for model in models
+        ]  # batch norm into the convolution before it, where it can be
+        super().__init__(folded[0] if len(folded) == 1 else StackedModels(folded))
         self.requires_grad_(False)
 
     def normalize_input(self, input: Tensor, student_mean=None, student_std=None) -> Tensor:
@@ -340,9 +350,15 @@ class TrainConfig(Config):
     """momentum, without Nesterov's"""
     weight_decay: NonNegative = 5e-4
     """L2 penalty"""
+    compile: Compile = "auto"
+    """mode of torch.compile; auto compiles where the run is long enough to win the minutes back"""
+    precision: Precision = "auto"
+    """of the models' arithmetic: auto is bf16 on a GPU and fp32 elsewhere; losses are fp32 always"""
 
 
-NOT_IDENTITY = {"protocol", "seed", "data_dir", "device", "results_dir", "wandb", "overwrite"}
+NOT_IDENTITY = {
+    "protocol", "seed", "data_dir", "device", "results_dir", "wandb", "overwrite", "compile", "precision"
+}  # fmt: skip
 
 
 def resolve(cfg: Config) -> Config:
@@ -489,9 +505,8 @@ class Run:
 
     def fit(self, task: TrainingTask, augment: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
         """Train `task.trainable_module`, evaluating it after every epoch, and write the run's folder."""
-        cfg, task = self.cfg, task.to(self.device, memory_format=torch.channels_last)
-        model = task.trainable_module
-        optimizer = torch.optim.SGD(model.parameters(), cfg.lr, cfg.momentum, weight_decay=cfg.weight_decay)
+        cfg, trainer = self.cfg, self.trainer(task)
+        model, optimizer = trainer.model, trainer.optimizer
         state = self._resume(model, optimizer)
         tracker = Tracker(self, state["wandb_id"])
         probabilities, n = None, len(self.data.train_labels)
@@ -505,7 +520,7 @@ class Run:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 bar.set_description(f"epoch {epoch}/{cfg.epochs}")
-                loss = self._train_epoch(task, optimizer, augment, epoch, bar)
+                loss = self.train_epoch(trainer, augment, epoch, bar)
                 trained = time.perf_counter()
                 if not math.isfinite(loss):
                     raise UserError(f"the loss is {loss} in epoch {epoch} at learning rate {lr:g}: try a smaller --lr")
@@ -533,6 +548,7 @@ class Run:
         save_weights(self.path / "model.safetensors", model.state_dict())
         save_weights(self.path / "best.safetensors", state["best"]["model"])
         speed = {"train_seconds": state["train_seconds"], "images_per_second": n * cfg.epochs / state["train_seconds"]}
+        speed |= {"compile": trainer.compile, "precision": trainer.precision}
         self._finish(state["best"], last, speed, tracker)
         (self.path / "checkpoint.pt").unlink()
 
@@ -551,22 +567,24 @@ class Run:
 
     # How it is done --------------------------------------------------------------------------------------
 
-    def _train_epoch(self, task: TrainingTask, optimizer, augment: Callable, epoch: int, bar: tqdm) -> float:
+    def trainer(self, task: TrainingTask) -> Trainer:
+        """The task with its optimiser, on the device, compiled where that pays over the whole run."""
+        names = ("lr", "momentum", "weight_decay", "compile", "precision")
+        images = self.cfg.epochs * len(self.data.train_labels)
+        return Trainer(task, self.device, images, **{name: getattr(self.cfg, name) for name in names})
+
+    def train_epoch(self, trainer: Trainer, augment: Callable, epoch: int, bar: tqdm) -> float:
         """One pass over the training images in random order; returns the mean loss."""
         seed_everything(self.cfg.seed, epoch)
-        task.train()
+        trainer.task.train()
         images, labels = self.data.train_images, self.data.train_labels
         batches = torch.randperm(len(labels)).to(self.device).split(self.cfg.batch_size)
         if len(batches[-1]) == 1:  # batch norm and mixing need two
             batches = batches[:-1]
         total, started = torch.zeros((), device=self.device), time.perf_counter()
         for step, index in enumerate(batches, 1):
-            inputs, targets = augment(images[index], labels[index])
-            loss = task(inputs.contiguous(memory_format=torch.channels_last), targets)["loss"]
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.detach() * len(index)
+            loss = trainer.step(*augment(images[index], labels[index]))
+            total += loss * len(index)
             bar.update(len(index))
             if self.device.type == "cpu":  # on a GPU, reading the loss would stall it
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
