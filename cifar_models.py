@@ -56,9 +56,9 @@ class PreActBlock(nn.Module):
         self.convShortcut = nn.Conv2d(in_chs, out_chs, 1, stride, bias=False) if in_chs != out_chs else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(x))
+        y = F.relu(self.bn1(x), inplace=True)
         shortcut = x if self.convShortcut is None else self.convShortcut(y)
-        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(y))))
+        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(y)), inplace=True))
 
 
 class PreActStage(nn.Module):
@@ -98,7 +98,7 @@ class WideResNet(CifarModel):
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, 64 * width, H / 4, W / 4), after the last BN and ReLU."""
         x = self.block3(self.block2(self.block1(self.conv1(x))))
-        return F.relu(self.bn1(x))
+        return F.relu(self.bn1(x), inplace=True)
 
 
 class ShuffleUnit(nn.Module):
@@ -119,9 +119,9 @@ class ShuffleUnit(nn.Module):
         self.pool = nn.AvgPool2d(3, stride=2, padding=1) if stride == 2 else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.shuffle(F.relu(self.bn1(self.conv1(x))))
-        y = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(y)))))
-        return F.relu(y + x if self.pool is None else torch.cat([y, self.pool(x)], 1))
+        y = self.shuffle(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        y = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(y)), inplace=True)))
+        return F.relu(y + x if self.pool is None else torch.cat([y, self.pool(x)], 1), inplace=True)
 
 
 class ShuffleNetV1(CifarModel):
@@ -134,7 +134,7 @@ class ShuffleNetV1(CifarModel):
         super().__init__(chs[-1], in_chans)
         self.conv1 = nn.Conv2d(in_chans, 24, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(24)
-        self.act1 = nn.ReLU()
+        self.act1 = nn.ReLU(inplace=True)
         for i, (in_chs, out_chs, depth) in enumerate(zip([24, *chs], chs, [4, 8, 4], strict=False)):
             units = [ShuffleUnit(out_chs if j else in_chs, out_chs, 1 if j else 2, groups) for j in range(depth)]
             setattr(self, f"layer{i + 1}", nn.Sequential(*units))

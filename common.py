@@ -35,20 +35,22 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from timm.data.auto_augment import AugmentOp, AugMixAugment
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.task import LogitDistillationTask, TrainingTask
 from timm.task.distillation import DistillationTeacher
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
+from torch.fx.proxy import TraceError
 from tqdm import tqdm
 
+from augmix import BatchedAugMix, TimmAugMix
 from calibration import calibration_metrics, reliability_diagram, scores_of_run
 from cifar_models import CIFAR_MEAN, CIFAR_STD
 from command_line import parse
 from image_data import Dataset, load_dataset
 from run_files import UserError, atomic_write, read_published, read_result, save_weights
+from training import Compile, Precision, Trainer
 
 ROOT = Path(__file__).resolve().parent
 
@@ -63,8 +65,14 @@ ROOT = Path(__file__).resolve().parent
 
 def normalize(images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) -> float32 with CIFAR's mean and standard deviation taken out."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (CIFAR_MEAN, CIFAR_STD))
+    mean, std = _mean_std(images.device)
     return images.float().div_(255).sub_(mean).div_(std)
+
+
+@functools.cache
+def _mean_std(device: torch.device) -> Tensor:
+    """float32 (2, 3, 1, 1). Kept, for a GPU would be waited for at every copy."""
+    return torch.tensor((CIFAR_MEAN, CIFAR_STD), device=device).view(2, 3, 1, 1)
 
 
 class Standard:
@@ -102,21 +110,44 @@ class Standard:
         start_y = h / 2 - sin * (w - 1) / 2 - cos * (h - 1) / 2
         # 16.16 fixed point as in PIL, so that what lies on an edge falls to the same side as there
         fixed = (torch.floor(v * 65536 + 0.5).long() for v in (cos, sin, start_x, start_y))
-        down, right, flip, cos, sin, start_x, start_y = (
-            t.view(b, 1, 1).to(images.device, non_blocking=True) for t in (*shift, flip, *fixed)
-        )
+        draws = torch.stack([*shift, flip, *fixed]).to(images.device, non_blocking=True)
+        down, right, flip, cos, sin, start_x, start_y = draws.view(7, b, 1, 1)
         y, x = torch.meshgrid(*(torch.arange(n, device=images.device) for n in (h, w)), indexing="ij")
         visible = torch.ones((), dtype=torch.bool, device=images.device)
         for step in reversed(self.order):
             if step == "crop":
                 y, x = y - down, x - right
             elif step == "flip":
-                x = torch.where(flip, w - 1 - x, x)
+                x = torch.where(flip > 0, w - 1 - x, x)
             else:
                 y, x = (start_y + sin * x + cos * y) >> 16, (start_x + cos * x - sin * y) >> 16
             visible = visible & (x >= 0) & (x < w) & (y >= 0) & (y < h)
         source = torch.where(visible, y * w + x, 0).view(b, 1, h * w).expand(-1, 3, -1)
         return images.flatten(2).gather(2, source).view_as(images) * visible.unsqueeze(1)
+
+
+class CutMix(Mixup):
+    """timm's `Mixup` with CutMix alone, per image, but without its loop over the images: the same numbers drawn in the
+    same order, hence the same result. The loop would launch a copy for each image."""
+
+    def __init__(self, alpha: float, num_classes: int):
+        super().__init__(0.0, alpha, mode="elem", label_smoothing=0.0, num_classes=num_classes)
+
+    def _mix_elem(self, x: Tensor) -> Tensor:
+        h, w = x.shape[-2:]
+        lam, _ = self._params_per_elem(len(x))
+        side = np.sqrt(1 - lam)[:, None]
+        size = (np.array((h, w), np.float32) * side).astype(int)
+        center = np.zeros_like(size)
+        center[lam != 1] = np.random.randint((h, w), size=((lam != 1).sum(), 2))
+        low, high = (np.clip(edge, 0, (h, w)) for edge in (center - size // 2, center + (size + 1) // 2))
+        lam = torch.from_numpy(1 - np.prod(high - low, 1) / (h * w)).to(x.dtype).unsqueeze(1)
+        boxes, lam = (t.to(x.device, non_blocking=True) for t in (torch.from_numpy(np.hstack([low, high])), lam))
+        top, left, bottom, right = boxes[..., None, None].unbind(1)
+        y, x_ = torch.arange(h, device=x.device).view(-1, 1), torch.arange(w, device=x.device)
+        inside = (y >= top) & (y < bottom) & (x_ >= left) & (x_ < right)
+        torch.where(inside.unsqueeze(1), x.flip(0), x, out=x)
+        return lam
 
 
 class Mix(Standard):
@@ -131,9 +162,11 @@ class Mix(Standard):
 
     def __init__(self, num_classes: int, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0):
         super().__init__()
-        mode = "elem" if cutmix_alpha else "batch"
-        self.mixup = Mixup(mixup_alpha, cutmix_alpha, mode=mode, label_smoothing=0.0, num_classes=num_classes)
-        self.mixup.mixup_enabled = mixup_alpha > 0 or cutmix_alpha > 0
+        if cutmix_alpha:
+            self.mixup = CutMix(cutmix_alpha, num_classes)
+        else:
+            self.mixup = Mixup(mixup_alpha, label_smoothing=0.0, num_classes=num_classes)
+            self.mixup.mixup_enabled = mixup_alpha > 0
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         even = len(images) // 2 * 2  # timm pairs images; where an epoch's last batch is odd, one sits out
@@ -144,7 +177,8 @@ class CutOut(Standard):
     """Standard augmentation, then CutOut (DeVries & Taylor, 2017): one square hole, 0 after normalisation.
 
     Its centre is uniform over the image and the border clips it. timm's `RandomErasing` keeps its rectangle inside,
-    so it erases on a canvas that is larger by the hole less one pixel, and the canvas is cut off again.
+    so it erases on a canvas that is larger by the hole less one pixel, and the canvas is cut off again. The canvas is a
+    mask on the CPU, for timm erases in a loop over the images.
 
     Args:
         size: side of the hole, as a fraction of the image (16 of 32 pixels).
@@ -158,50 +192,33 @@ class CutOut(Standard):
         images, labels = super().__call__(images, labels)
         h, w = images.shape[-2:]
         hole = round(self.size * h)
-        before, after = hole // 2, hole - 1 - hole // 2
-        area = hole**2 / ((h + hole - 1) * (w + hole - 1))
-        erase = RandomErasing(1.0, area, area, min_aspect=1.0, max_aspect=1.0, device=images.device)
-        canvas = erase(F.pad(images, (before, after, before, after)))
-        return canvas[:, :, before : before + h, before : before + w].contiguous(), labels
-
-
-class AugMixOp(AugmentOp):
-    """A timm operation at a level drawn from U(0.1, severity) at each call, as AugMix's authors draw it."""
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        level = random.uniform(0.1, self.magnitude)
-        return self.aug_fn(image, *(self.level_fn(level, self.hparams) if self.level_fn else ()), **self.kwargs)
+        before = hole // 2
+        canvas = torch.ones(len(images), 1, h + hole - 1, w + hole - 1, dtype=torch.bool)
+        area = hole**2 / canvas[0].numel()
+        RandomErasing(1.0, area, area, min_aspect=1.0, max_aspect=1.0, device="cpu")(canvas)
+        kept = canvas[:, :, before : before + h, before : before + w].to(images.device, non_blocking=True)
+        return images.masked_fill_(~kept, 0), labels
 
 
 class AugMix(Standard):
-    """AugMix (Hendrycks et al., 2020) through timm's `AugMixAugment`: returns (3 * B, 3, H, W), the clean view and
-    two augmented ones in turn, as timm's `JsdCrossEntropy` expects them; labels stay (B,).
+    """AugMix (Hendrycks et al., 2020): returns (3 * B, 3, H, W), the clean view and two augmented ones in turn, as
+    timm's `JsdCrossEntropy` expects them; labels stay (B,).
 
     Args:
         severity: largest level of an operation, out of 10.
-        width: chains that are mixed.
-        depth: operations in a chain; -1 draws 1 to 3.
-        alpha: parameter of the Dirichlet and Beta weights.
+        backend: `batched` is tensor code on the images' device, `timm` goes through PIL, an image at a time. They
+            agree but for rounding, and draw from other generators.
     """
 
     order = ("rotate", "flip", "crop")  # as the original script has it for this row
-    operations = (
-        "AutoContrast", "Equalize", "PosterizeIncreasing", "Rotate", "SolarizeIncreasing",
-        "ShearX", "ShearY", "TranslateXRel", "TranslateYRel",
-    )  # fmt: skip
 
-    def __init__(self, severity: float = 3.0, width: int = 3, depth: int = -1, alpha: float = 1.0):
+    def __init__(self, severity: float = 3.0, backend: Literal["batched", "timm"] = "batched"):
         super().__init__()
-        hparams = dict(img_mean=(0, 0, 0), translate_pct=1 / 3, interpolation=Image.Resampling.BILINEAR)
-        ops = [AugMixOp(name, 1.0, severity, hparams) for name in self.operations]
-        self.augmix = AugMixAugment(ops, alpha, width, depth)
+        self.augmix = (BatchedAugMix if backend == "batched" else TimmAugMix)(severity)
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         clean = self.warp(images, *self.draw(images))
-        pictures = [Image.fromarray(array) for array in clean.permute(0, 2, 3, 1).cpu().numpy()]
-        views = np.stack([np.asarray(self.augmix(picture)) for _ in range(2) for picture in pictures])
-        views = torch.from_numpy(views).to(images.device).permute(0, 3, 1, 2)
-        return normalize(torch.cat([clean, views])), labels
+        return normalize(torch.cat([clean, self.augmix(clean.repeat(2, 1, 1, 1))])), labels
 
 
 # 2. Objectives -------------------------------------------------------------------------------------------
@@ -211,12 +228,20 @@ class Teacher(DistillationTeacher):
     """One frozen teacher, or several whose logits are stacked: (B, 3, H, W) -> (B, K) or (teachers, B, K)."""
 
     def __init__(self, *models: nn.Module):
-        super().__init__(models[0] if len(models) == 1 else StackedModels(models))
-        self.requires_grad_(False)
+        folded = [fold_batch_norm(model.eval().requires_grad_(False)) for model in models]
+        super().__init__(folded[0] if len(folded) == 1 else StackedModels(folded))
 
     def normalize_input(self, input: Tensor, student_mean=None, student_std=None) -> Tensor:
         """All models here share one normalisation; timm's comparison would stall a GPU at every step."""
         return input
+
+
+def fold_batch_norm(model: nn.Module) -> nn.Module:
+    """A copy with each batch norm in the convolution before it; the model itself where torch.fx cannot trace it."""
+    try:
+        return fuse(model)
+    except TraceError:
+        return model
 
 
 class StackedModels(nn.ModuleList):
@@ -333,9 +358,13 @@ class TrainConfig(Config):
     """momentum, without Nesterov's"""
     weight_decay: NonNegative = 5e-4
     """L2 penalty"""
+    compile: Compile = "auto"
+    """mode of torch.compile; auto compiles where the run is long enough to win the minutes back"""
+    precision: Precision = "auto"
+    """of the models' arithmetic: auto is bf16 on a GPU and fp32 elsewhere; losses are fp32 always"""
 
 
-NOT_IDENTITY = {"protocol", "seed", "data_dir", "device", "results_dir", "wandb", "overwrite"}
+NOT_IDENTITY = {"protocol", "seed", "data_dir", "device", "results_dir", "wandb", "overwrite", "compile"}
 
 
 def resolve(cfg: Config) -> Config:
@@ -486,12 +515,11 @@ class Run:
 
     def fit(self, task: TrainingTask, augment: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
         """Train `task.trainable_module`, evaluating it after every epoch, and write the run's folder."""
-        cfg, task = self.cfg, task.to(self.device, memory_format=torch.channels_last)
-        model = task.trainable_module
-        optimizer = torch.optim.SGD(model.parameters(), cfg.lr, cfg.momentum, weight_decay=cfg.weight_decay)
+        cfg, trainer = self.cfg, self.trainer(task)
+        model, optimizer = trainer.model, trainer.optimizer
         state = self._resume(model, optimizer)
         tracker = Tracker(self, state["wandb_id"])
-        probabilities, n = None, len(self.data.train_labels)
+        predictions, n = None, len(self.data.train_labels)
         if state["history"]:
             print(f"resuming after epoch {len(state['history'])} of {cfg.epochs}")
         bar = tqdm(total=cfg.epochs * n, initial=len(state["history"]) * n, unit="img", unit_scale=True, disable=None)
@@ -502,44 +530,38 @@ class Run:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 bar.set_description(f"epoch {epoch}/{cfg.epochs}")
-                loss = self._train_epoch(task, optimizer, augment, epoch, bar)
+                loss = self.train_epoch(trainer, augment, epoch, bar)
                 trained = time.perf_counter()
                 if not math.isfinite(loss):
                     raise UserError(f"the loss is {loss} in epoch {epoch} at learning rate {lr:g}: try a smaller --lr")
-                probabilities, val_probabilities = self.predict(model, self.data.test_images), None
-                metrics = calibration_metrics(probabilities, self.data.test_labels)
-                accuracies, val = {"best": metrics.accuracy}, {}  # what an epoch is chosen by
-                if cfg.val_size:
-                    val_probabilities = self.predict(model, self.data.val_images)
-                    val = calibration_metrics(val_probabilities, self.data.val_labels).scores
-                    accuracies["selected"] = val["accuracy"]
-                seconds = time.perf_counter() - started
-                scores = {k: metrics.scores[k] for k in ("accuracy", "ece", "oe", "nll")}
-                scores |= {f"val_{k}": val[k] for k in scores if val}
-                state["history"].append({"epoch": epoch, "lr": lr, "train_loss": loss, **scores, "seconds": seconds})
-                state["train_seconds"] += trained - started
-                for name, accuracy in accuracies.items():
-                    if not state.get(name) or accuracy > state[name]["accuracy"]:
+                predictions, test, val = self._evaluate(model)
+                for name, scores in {"best": test, "selected": val}.items():
+                    if scores and (not state.get(name) or scores["accuracy"] > state[name]["accuracy"]):
                         weights = {k: v.cpu().clone() for k, v in model.state_dict().items()}
-                        state[name] = {"epoch": epoch, "accuracy": accuracy, "model": weights}
-                        state[name] |= {"probabilities": probabilities, "val_probabilities": val_probabilities}
+                        state[name] = {"epoch": epoch, "accuracy": scores["accuracy"], "model": weights, **predictions}
+                columns = {k: test[k] for k in ("accuracy", "ece", "oe", "nll")}
+                columns |= {f"val_{k}": val[k] for k in columns if val}
+                columns |= {"seconds": time.perf_counter() - started}
+                state["history"].append({"epoch": epoch, "lr": lr, "train_loss": loss, **columns})
+                state["train_seconds"] += trained - started
                 self._save(state, model, optimizer)
                 speed = n / (trained - started)
                 bar.write(
-                    f"epoch {epoch:3d}/{cfg.epochs}  lr {lr:<7.2g} loss {loss:<8.4g} accuracy {metrics.accuracy:6.2%}  "
-                    f"ECE {metrics.ece:.4f}  OE {metrics.oe:.4f}  {speed:,.0f} images/s"
+                    f"epoch {epoch:3d}/{cfg.epochs}  lr {lr:<7.2g} loss {loss:<8.4g} accuracy {test['accuracy']:6.2%}  "
+                    f"ECE {test['ece']:.4f}  OE {test['oe']:.4f}  {speed:,.0f} images/s"
                 )
-                test = {f"test/{k}": v for k, v in metrics.scores.items()} | {f"val/{k}": v for k, v in val.items()}
-                tracker.log({"epoch": epoch, "lr": lr, "train/loss": loss, "images_per_second": speed, **test})
-        if probabilities is None:  # killed between the last epoch and its result
-            probabilities = self.predict(model, self.data.test_images)
-        choices = {"best": state["best"], "last": {"epoch": cfg.epochs, "probabilities": probabilities}}
+                scores = {f"test/{k}": v for k, v in test.items()} | {f"val/{k}": v for k, v in val.items()}
+                tracker.log({"epoch": epoch, "lr": lr, "train/loss": loss, "images_per_second": speed, **scores})
+        if predictions is None:  # killed between the last epoch and its result
+            predictions, _, _ = self._evaluate(model)
+        choices = {"best": state["best"], "last": {"epoch": cfg.epochs, **predictions}}
         if cfg.val_size:
             choices["selected"] = state["selected"]
             save_weights(self.path / "selected.safetensors", state["selected"]["model"])
         save_weights(self.path / "model.safetensors", model.state_dict())
         save_weights(self.path / "best.safetensors", state["best"]["model"])
         speed = {"train_seconds": state["train_seconds"], "images_per_second": n * cfg.epochs / state["train_seconds"]}
+        speed |= {"compile": trainer.compile, "precision": trainer.precision}
         self._finish(choices, speed, tracker)
         (self.path / "checkpoint.pt").unlink()
 
@@ -561,22 +583,24 @@ class Run:
 
     # How it is done --------------------------------------------------------------------------------------
 
-    def _train_epoch(self, task: TrainingTask, optimizer, augment: Callable, epoch: int, bar: tqdm) -> float:
+    def trainer(self, task: TrainingTask) -> Trainer:
+        """The task with its optimiser, on the device, compiled where that pays over the whole run."""
+        names = ("lr", "momentum", "weight_decay", "compile", "precision")
+        images = self.cfg.epochs * len(self.data.train_labels)
+        return Trainer(task, self.device, images, **{name: getattr(self.cfg, name) for name in names})
+
+    def train_epoch(self, trainer: Trainer, augment: Callable, epoch: int, bar: tqdm) -> float:
         """One pass over the training images in random order; returns the mean loss."""
         seed_everything(self.cfg.seed, epoch)
-        task.train()
+        trainer.task.train()
         images, labels = self.data.train_images, self.data.train_labels
         batches = torch.randperm(len(labels)).to(self.device).split(self.cfg.batch_size)
         if len(batches[-1]) == 1:  # batch norm and mixing need two
             batches = batches[:-1]
         total, started = torch.zeros((), device=self.device), time.perf_counter()
         for step, index in enumerate(batches, 1):
-            inputs, targets = augment(images[index], labels[index])
-            loss = task(inputs.contiguous(memory_format=torch.channels_last), targets)["loss"]
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.detach() * len(index)
+            loss = trainer.step(*augment(images[index], labels[index]))
+            total += loss * len(index)
             bar.update(len(index))
             if self.device.type == "cpu":  # on a GPU, reading the loss would stall it
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
@@ -584,6 +608,15 @@ class Run:
                 if epoch == 1 and step == 5 and hours > 1:
                     bar.write(f"{self.row} will take about {hours:,.0f} h on this CPU; --protocol smoke takes a minute")
         return total.item() / sum(map(len, batches))
+
+    def _evaluate(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, float], dict[str, float]]:
+        """Predictions, the scores of those for the test images and, with --val-size, for the held-out ones."""
+        data, predictions, val = self.data, {"probabilities": self.predict(model, self.data.test_images)}, {}
+        test = calibration_metrics(predictions["probabilities"], data.test_labels).scores
+        if self.cfg.val_size:
+            predictions["val_probabilities"] = self.predict(model, data.val_images)
+            val = calibration_metrics(predictions["val_probabilities"], data.val_labels).scores
+        return predictions, test, val
 
     @torch.inference_mode()
     def predict(self, model: nn.Module, images: Tensor, batch_size: int = 500) -> Tensor:

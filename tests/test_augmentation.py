@@ -8,6 +8,7 @@ from scipy import stats
 from timm.data.auto_augment import AugMixAugment
 
 import common
+from augmix import OPERATIONS, TimmAugMix
 
 
 def indexed_images(n: int, size: int = 32) -> torch.Tensor:
@@ -191,17 +192,18 @@ def test_cutout_is_one_clipped_square_with_a_uniform_centre(size, hole):
 
 
 def test_augmix_has_the_nine_operations_of_the_paper():
-    names = {op.name.removesuffix("Increasing").removesuffix("Rel").lower() for op in common.AugMix().augmix.ops}
-    assert names == {
+    nine = {
         "autocontrast", "equalize", "posterize", "rotate", "solarize", "shearx", "sheary", "translatex", "translatey"
     }  # fmt: skip
+    assert {name.replace("_", "") for name in OPERATIONS} == nine and len(OPERATIONS) == 9
+    timms = [op.name.removesuffix("Increasing").removesuffix("Rel").lower() for op in TimmAugMix().augmix.ops]
+    assert set(timms) == nine and len(timms) == 9
 
 
 def test_augmix_severity_range(monkeypatch):
     """Arguments that reach the pixel operations, against the range that levels from U(0.1, 3) of 10 allow."""
-    augment = common.AugMix(severity=3)
     got = {}
-    for op in augment.augmix.ops:
+    for op in TimmAugMix(severity=3).augmix.ops:
         calls = got[op.name] = []
         monkeypatch.setattr(
             op, "aug_fn", lambda image, *args, calls=calls, **kwargs: calls.append((args, kwargs)) or image
@@ -241,14 +243,14 @@ def test_augmix_gives_three_views_of_each_image(digits):
     assert (nearest == torch.arange(len(images))).float().mean() > 0.8
 
 
-def test_augmix_chains():
-    """Width, depth and weights as AugMix's authors have them, seen through operations that only count."""
-    assert isinstance(common.AugMix().augmix, AugMixAugment)
-    augment = common.AugMix()
+def test_timms_augmix_chains():
+    """Width and depth as AugMix's authors have them, seen through an operation that only counts."""
+    augmix = TimmAugMix().augmix
+    assert isinstance(augmix, AugMixAugment)
     depths = []
-    augment.augmix.ops = [lambda image: depths.append(1) or image]
+    augmix.ops = [lambda image: depths.append(1) or image]
     n = 500
     for _ in range(n):
-        augment.augmix(Image.new("RGB", (8, 8)))
-    assert augment.augmix.width == 3 and n * 3 <= len(depths) <= n * 9
+        augmix(Image.new("RGB", (8, 8)))
+    assert augmix.width == 3 and n * 3 <= len(depths) <= n * 9
     assert len(depths) / (3 * n) == pytest.approx(2, abs=0.1)  # 1 to 3 operations a chain

@@ -1,0 +1,374 @@
+"""How fast the recipes train, against a loop in the style of the published scripts, on the same data in the same run.
+
+    python benchmarks/speed.py --data-dir data
+
+Ours is the recipes' own code: their `main` builds the objective and the augmentation, `common.Run` trains. The
+reference has worker processes with a PIL transform an image, float32, channels first, eager, SGD without fusing, and
+reads loss and accuracy at every step. Both are timed in turn, repeatedly; the ratio is that of their medians. Prints a
+table and writes `benchmarks/<hardware>.md`.
+"""
+
+import dataclasses
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+import tyro
+from PIL import Image
+from timm.loss import JsdCrossEntropy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+
+import common
+from augmix import TimmAugMix
+from calibration import calibration_metrics
+
+# (name, recipe, what the reference does to a batch)
+ROWS = (
+    ("teacher, standard", "teacher_baseline", "plain"),
+    ("teacher, MixUp", "teacher_mixup", "mixup"),
+    ("teacher, CutMix", "teacher_cutmix", "cutmix"),
+    ("teacher, CutOut", "teacher_cutout", "cutout"),
+    ("teacher, AugMix", "teacher_augmix", "augmix"),
+    ("student alone", "student_baseline", "plain"),
+    ("KD, one teacher", "kd_vanilla", "kd"),
+    ("KD, four teachers", "kd_ensemble_add_loss", "kd"),
+)
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, from the vendor's data sheets
+
+
+@dataclass
+class Config:
+    data_dir: Path = Path("data")
+    """where CIFAR-100 is"""
+    seconds: float = 3.0
+    """what each timing of each side takes, about"""
+    repeats: int = 5
+    """timings of each side, in turn; the median counts"""
+    workers: int = 2
+    """worker processes of the reference"""
+    rows: str = ""
+    """measure only rows whose name matches this regular expression"""
+    compile: common.Compile = "auto"
+    """as the recipes' --compile; auto decides as for a run of the paper's length"""
+    precision: common.Precision = "auto"
+    """as the recipes' --precision"""
+    out: Path = Path(__file__).parent
+    """folder of the report"""
+
+
+class MeasuredRun(common.Run):
+    """A run whose recipe is built as ever, up to `fit`; its teachers have the weights they were born with."""
+
+    def teacher(self, *rows: str) -> common.Teacher:
+        return common.Teacher(*(timm.create_model("wrn_40_2", num_classes=self.num_classes) for _ in rows))
+
+    def fit(self, task, augment) -> None:
+        self.task, self.augment = task, augment
+
+
+def build(row: str, cfg: Config) -> MeasuredRun:
+    main = common.load_recipe(row)
+    run = MeasuredRun(
+        row, common.config_type(main)(data_dir=cfg.data_dir, compile=cfg.compile, precision=cfg.precision)
+    )
+    main(run.cfg, run)
+    return run
+
+
+# The reference loop ----------------------------------------------------------------------------------------
+
+
+class Pictures(Dataset):
+    """PIL images with a transform each, as torchvision's CIFAR100 gives them."""
+
+    def __init__(self, images: Tensor, labels: Tensor, transform: Callable):
+        self.images, self.labels = images.permute(0, 2, 3, 1).cpu().numpy(), labels.tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int):
+        return self.transform(Image.fromarray(self.images[i])), self.labels[i]
+
+
+def reference_transform(kind: str) -> Callable:
+    to_tensor = [transforms.ToTensor(), transforms.Normalize(common.CIFAR_MEAN, common.CIFAR_STD)]
+    if kind == "test":
+        return transforms.Compose(to_tensor)
+    geometry = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.RandomRotation(15)]
+    if kind != "augmix":
+        return transforms.Compose([*geometry, *to_tensor])
+    standard, to_tensor, augmix = transforms.Compose(geometry), transforms.Compose(to_tensor), TimmAugMix().augmix
+
+    def three_views(picture):
+        picture = standard(picture)
+        return torch.stack([to_tensor(p) for p in (picture, augmix(picture), augmix(picture))])
+
+    return three_views
+
+
+class ReferenceLoop:
+    """The plain training loop for a row, on weights of its own."""
+
+    def __init__(self, run: MeasuredRun, kind: str, workers: int):
+        task, self.kind, self.device = run.task, kind, run.device
+        dataset = Pictures(run.data.train_images, run.data.train_labels, reference_transform(kind))
+        self.loader = DataLoader(dataset, run.cfg.batch_size, shuffle=True, num_workers=workers, drop_last=True)
+        self.model = timm.create_model(run.model_name, num_classes=run.num_classes).to(self.device)
+        count = len(getattr(run.cfg, "teachers", ["one"])) if kind == "kd" else 0
+        self.teachers = [
+            timm.create_model("wrn_40_2", num_classes=run.num_classes).to(self.device) for _ in range(count)
+        ]
+        for teacher in self.teachers:
+            teacher.eval()
+        hyper = dict(lr=run.cfg.lr, momentum=run.cfg.momentum, weight_decay=run.cfg.weight_decay)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), **hyper, foreach=False)
+        self.cfg, self.jsd, self.batches = run.cfg, JsdCrossEntropy(alpha=12, smoothing=0), None
+        self.num_classes = task.trainable_module.num_classes
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        self.batches = self.batches or iter(self.loader)
+        batch = next(self.batches, None)
+        if batch is None:
+            self.batches = None
+            return self.next_batch()
+        return tuple(t.to(self.device) for t in batch)
+
+    def step(self) -> int:
+        images, labels = self.next_batch()
+        self.model.train()
+        if self.kind == "augmix":
+            images = images.transpose(0, 1).flatten(0, 1).contiguous()
+            output = self.model(images)
+            loss = self.jsd(output, labels)
+        elif self.kind == "kd":
+            output = self.model(images)
+            loss, t = 0.2 * F.cross_entropy(output, labels), self.cfg.temperature
+            for teacher in self.teachers:
+                with torch.no_grad():
+                    soft = F.softmax(teacher(images) / t, 1)
+                loss = loss + 0.8 * t**2 * F.kl_div(F.log_softmax(output / t, 1), soft, reduction="batchmean")
+        else:
+            targets = F.one_hot(labels, self.num_classes).float()
+            images, targets = self.mix(images, targets)
+            output = self.model(images)
+            loss = F.cross_entropy(output, targets)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        loss.item()
+        (output[: len(labels)].argmax(1) == labels).float().mean().item()
+        return len(labels)
+
+    def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if self.kind == "mixup":
+            lam, partner = np.random.beta(0.3, 0.3), torch.randperm(len(images))
+            return lam * images + (1 - lam) * images[partner], lam * targets + (1 - lam) * targets[partner]
+        for i in range(len(images)) if self.kind in ("cutmix", "cutout") else ():
+            y, x = np.random.randint(32, size=2)
+            side = 16 if self.kind == "cutout" else int(32 * np.sqrt(np.random.rand()))
+            (top, bottom), (left, right) = ((max(c - side // 2, 0), min(c + side // 2, 32)) for c in (y, x))
+            if self.kind == "cutout":
+                images[i, :, top:bottom, left:right] = 0
+            else:
+                partner = np.random.randint(len(images))
+                share = (bottom - top) * (right - left) / 32**2
+                images[i, :, top:bottom, left:right] = images[partner, :, top:bottom, left:right]
+                targets[i] = (1 - share) * targets[i] + share * targets[partner]
+        return images, targets
+
+
+def reference_evaluation(model: nn.Module, run: MeasuredRun, workers: int) -> None:
+    """Loader, forward, and calibration counted an image at a time."""
+    loader = DataLoader(
+        Pictures(run.data.test_images, run.data.test_labels, reference_transform("test")), 100, num_workers=workers
+    )
+    model.eval()
+    bins = np.zeros((101, 3))
+    with torch.no_grad():
+        for images, labels in loader:
+            confidences, predictions = F.softmax(model(images.to(run.device)), 1).max(1)
+            for confidence, prediction, label in zip(
+                confidences.tolist(), predictions.tolist(), labels.tolist(), strict=True
+            ):
+                bins[int(confidence * 100)] += 1, prediction == label, confidence
+
+
+# Timing ----------------------------------------------------------------------------------------------------
+
+
+def images_per_second(step: Callable[[], int], seconds: float, device: torch.device) -> float:
+    """Do steps, at least one, until the time is up. `step` returns the images it has done."""
+    done, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        done += step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return done / (time.perf_counter() - started)
+
+
+def alternate(cfg: Config, device: torch.device, **sides: Callable[[], int]) -> dict[str, float]:
+    """Median images/s of each side, timed in turn after a first step that does not count."""
+    for step in sides.values():
+        step()
+    speeds = {name: [] for name in sides}
+    for _ in range(cfg.repeats):
+        for name, step in sides.items():
+            speeds[name].append(images_per_second(step, cfg.seconds, device))
+    return {name: statistics.median(values) for name, values in speeds.items()}
+
+
+def our_steps(run: MeasuredRun) -> Callable[[], int]:
+    """The run's own epoch, some steps at a time."""
+    trainer, size = run.trainer(run.task), run.cfg.batch_size
+    steps = 1 if run.device.type == "cpu" else 50
+    whole = run.data
+    bar = SimpleNamespace(update=lambda n: None, set_postfix=lambda **_: None, write=lambda text: None)
+
+    def step() -> int:
+        start = int(torch.randint(len(whole.train_labels) - steps * size, ()))
+        part = slice(start, start + steps * size)
+        run.data = dataclasses.replace(
+            whole, train_images=whole.train_images[part], train_labels=whole.train_labels[part]
+        )
+        run.train_epoch(trainer, run.augment, 2, bar)
+        run.data = whole
+        return steps * size
+
+    return step
+
+
+def ratios(cfg: Config) -> list[dict]:
+    lines = []
+
+    def add(name: str, speeds: dict[str, float], size: int = 50_000, **more) -> None:
+        lines.append({"name": name, **speeds, "seconds": size / speeds["ours"], **more})
+        ours, theirs = speeds["ours"], speeds["reference"]
+        print(f"{name:24}{ours:>12,.0f}{theirs:>12,.0f}{ours / theirs:>8.2f}", flush=True)
+
+    print(f"{'images/s':24}{'ours':>12}{'reference':>12}{'ratio':>8}")
+    for name, row, kind in ROWS:
+        if re.search(cfg.rows, name):
+            run = build(row, cfg)
+            flops = count_flops(run) if run.device.type == "cuda" else None
+            reference = ReferenceLoop(run, kind, cfg.workers)
+            add(name, alternate(cfg, run.device, ours=our_steps(run), reference=reference.step), flops=flops)
+    for name, row, kind in (
+        ("input, standard", "teacher_baseline", "plain"),
+        ("input, AugMix", "teacher_augmix", "augmix"),
+    ):
+        if re.search(cfg.rows, name):
+            run = build(row, cfg)
+            reference = ReferenceLoop(run, kind, cfg.workers)
+            data, size = run.data, run.cfg.batch_size
+
+            def ours(run=run, data=data, size=size) -> int:
+                index = torch.randint(len(data.train_labels), (size,)).to(run.device)
+                run.augment(data.train_images[index], data.train_labels[index])
+                return size
+
+            sides = dict(ours=ours, reference=lambda reference=reference: len(reference.next_batch()[1]))
+            add(name, alternate(cfg, run.device, **sides))
+    if re.search(cfg.rows, "evaluation"):
+        run = build("student_baseline", cfg)
+        part = slice(0, 2000 if run.device.type == "cpu" else None)
+        run.data = dataclasses.replace(
+            run.data, test_images=run.data.test_images[part], test_labels=run.data.test_labels[part]
+        )
+        plain = timm.create_model("shufflenet_v1", num_classes=run.num_classes).to(run.device)
+        model = run.trainer(run.task).model
+
+        def evaluate() -> int:
+            calibration_metrics(run.predict(model), run.data.test_labels)
+            return len(run.data.test_labels)
+
+        def evaluate_plainly() -> int:
+            reference_evaluation(plain, run, cfg.workers)
+            return len(run.data.test_labels)
+
+        add("evaluation, student", alternate(cfg, run.device, ours=evaluate, reference=evaluate_plainly), 10_000)
+    return lines
+
+
+def count_flops(run: MeasuredRun) -> float:
+    """Floating-point operations of training on one image, from the shapes of all matrix products and convolutions."""
+    images, labels = run.data.train_images[:8], run.data.train_labels[:8]
+    inputs, targets = run.augment(images, labels)
+    task = run.task.to(run.device).train()
+    with FlopCounterMode(display=False) as counter:
+        task(inputs, targets)["loss"].backward()
+    task.zero_grad()
+    return counter.get_total_flops() / len(images)
+
+
+def start_up() -> float:
+    """Seconds from the command to the first step done, on the digits, without compilation."""
+    code = (
+        "import common; main = common.load_recipe('student_baseline');"
+        "run = common.Run('student_baseline', common.config_type(main)(protocol='smoke', train_size=64, epochs=1));"
+        "batch = lambda augment: augment(run.data.train_images, run.data.train_labels);"
+        "run.fit = lambda task, augment: run.trainer(task).step(*batch(augment)).item();"
+        "main(run.cfg, run)"
+    )
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=common.ROOT)
+    return time.perf_counter() - started
+
+
+def report(lines: list[dict], seconds: float, device: torch.device, cfg: Config) -> str:
+    """The table in Markdown."""
+    name, versions = common.hardware(device), common.versions()
+    text = [
+        f"# Speed on {name}",
+        "",
+        f"`python benchmarks/speed.py`, {time.strftime('%Y-%m-%d')}, commit {(versions['commit'] or 'unknown')[:12]}, "
+        f"torch {versions['torch']}, timm {versions['timm']}; --compile {cfg.compile}, --precision {cfg.precision}; "
+        f"{cfg.workers} workers for the reference; medians of {cfg.repeats} alternated timings.",
+        "",
+        "| | images/s | reference, images/s | ratio | s for all images |",
+        "|---|---|---|---|---|",
+    ]
+    for line in lines:
+        ours, theirs = line["ours"], line["reference"]
+        text.append(f"| {line['name']} | {ours:,.0f} | {theirs:,.0f} | {ours / theirs:.2f} | {line['seconds']:,.1f} |")
+    text += ["", "All images are 50,000, for evaluation 10,000.", "", f"Start to first step: {seconds:.1f} s."]
+    peak = next((key for key in PEAK_FLOPS if key in name), None)
+    if device.type == "cuda" and peak:
+        text += ["", "| | GFLOP an image | share of peak | floor, s an epoch |", "|---|---|---|---|"]
+        for line in lines:
+            if line.get("flops"):
+                share, floor = (
+                    line["ours"] * line["flops"] / PEAK_FLOPS[peak],
+                    50_000 * line["flops"] / PEAK_FLOPS[peak],
+                )
+                text.append(f"| {line['name']} | {line['flops'] / 1e9:.2f} | {share:.1%} | {floor:.2f} |")
+    return "\n".join(text) + "\n"
+
+
+def main() -> None:
+    cfg = tyro.cli(Config, description=__doc__)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    text = report(ratios(cfg), start_up(), device, cfg)
+    slug = re.sub(r"[^a-z0-9]+", "-", common.hardware(device).lower()).strip("-")
+    (cfg.out / f"{slug}.md").write_text(text)
+    print(f"\n{text}\nwritten to {cfg.out / slug}.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Every fast path against the plain one it stands for."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data.mixup import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.loss import JsdCrossEntropy
+from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import common
+import training
+from image_data import load_dataset
+from training import Trainer, has_compiler
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 16), (24, 40)], ids=str)
+@pytest.mark.parametrize("alpha", [1.0, 0.05])  # so small an alpha draws lambdas that are exactly 1
+def test_cutmix_gives_what_timms_loop_gives(size, alpha):
+    ones = 0
+    for seed in range(20):
+        images, labels = torch.randn(30, 3, *size), torch.randint(10, (30,))
+        np.random.seed(seed)
+        timm = Mixup(0.0, alpha, mode="elem", label_smoothing=0.0, num_classes=10)
+        expected = timm(images.clone(), labels)
+        following = np.random.rand()
+        np.random.seed(seed)
+        ours = common.CutMix(alpha, 10)(images.clone(), labels)
+        assert torch.equal(ours[0], expected[0]) and torch.equal(ours[1], expected[1])
+        assert np.random.rand() == following  # nothing more and nothing less was drawn
+        ones += (expected[1].amax(1) == 1).sum()
+    assert alpha == 1 or ones > 0
+
+
+@pytest.mark.parametrize("size", [32, 16])
+def test_cutout_gives_what_timms_loop_gives_on_the_images(size):
+    images, labels = torch.randint(256, (40, 3, size, size), dtype=torch.uint8), torch.arange(40)
+    random.seed(0), torch.manual_seed(0)
+    ours, _ = common.CutOut(0.5)(images, labels)
+    random.seed(0), torch.manual_seed(0)
+    plain, _ = common.Standard()(images, labels)
+    hole = size // 2
+    area = hole**2 / (size + hole - 1) ** 2
+    erase = RandomErasing(1.0, area, area, min_aspect=1.0, max_aspect=1.0, device="cpu")
+    before, after = hole // 2, hole - 1 - hole // 2
+    expected = erase(F.pad(plain, (before, after, before, after)))[..., before : before + size, before : before + size]
+    assert torch.equal(ours, expected) and not torch.equal(ours, plain)
+
+
+def make_task(kind: str, seed: int = 0) -> TrainingTask:
+    """The tasks of the recipes, from the same weights each time."""
+    torch.manual_seed(seed)
+    student = timm.create_model("wrn_40_2" if kind.startswith("wrn") else "shufflenet_v1", num_classes=10)
+    criterion = JsdCrossEntropy(alpha=12, smoothing=0) if kind == "wrn jsd" else nn.CrossEntropyLoss()
+    if kind.startswith("kd"):
+        teachers = common.Teacher(*(trained_looking("wrn_40_2") for _ in range(int(kind[-1]))))
+        weights = dict(distill_loss_weight=0.8, task_loss_weight=0.2, temperature=4.0)
+        if kind == "kd 1":
+            return LogitDistillationTask(student, teachers, criterion, **weights)
+        return common.EnsembleDistillationTask(student, teachers, "add", criterion=criterion, **weights)
+    return ClassificationTask(student, criterion)
+
+
+def trained_looking(name: str) -> nn.Module:
+    """A model whose batch norms have been somewhere, so that folding them changes something."""
+    model = timm.create_model(name, num_classes=10)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, 0, 0.1)
+            nn.init.uniform_(module.running_var, 0.8, 1.2)
+            nn.init.uniform_(module.weight, 0.8, 1.2)
+            nn.init.normal_(module.bias, 0, 0.1)
+    return model
+
+
+def losses(
+    kind: str, steps: int, lr: float, plain: bool = False, dtype=torch.float32, **settings
+) -> tuple[list[float], nn.Module]:
+    """The loss of each step, the last one on a smaller batch: by `Trainer`, or by the plainest loop."""
+    task, views = make_task(kind), 3 if kind == "wrn jsd" else 1
+    torch.manual_seed(1)
+    sizes = [16] * (steps - 1) + [12]
+    batches = [(torch.randn(size * views, 3, 16, 16).to(dtype), torch.randint(10, (size,))) for size in sizes]
+    hyper = dict(lr=lr, momentum=0.9, weight_decay=5e-4)
+    task.to(dtype).train()
+    if not plain:
+        trainer = Trainer(task, torch.device("cpu"), 1000, **hyper, **settings)
+        task.train()
+        return [trainer.step(*batch).item() for batch in batches], trainer.model
+    optimizer = torch.optim.SGD(task.trainable_module.parameters(), **hyper, foreach=False)
+    values = []
+    for inputs, targets in batches:
+        optimizer.zero_grad()
+        loss = task(inputs, targets)["loss"]
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    return values, task.trainable_module
+
+
+KINDS = ["wrn", "wrn jsd", "shufflenet", "kd 1", "kd 4"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_are_the_plain_loops(kind):
+    """In float64, where nothing but the mathematics can make a difference: float32's rounding, which depends on the
+    memory format, moves these models' first gradients by a percent, whatever computes them."""
+    lr = 1e-3 if kind.startswith("wrn") else 1e-5
+    fast, model = losses(kind, 6, lr, dtype=torch.float64)
+    plain, plain_model = losses(kind, 6, lr, plain=True, dtype=torch.float64)
+    assert fast == pytest.approx(plain, rel=1e-8)
+    for ours, theirs in zip(model.state_dict().values(), plain_model.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_twenty_steps_in_float32_give_the_plain_loops_losses(kind):
+    """With steps so small that rounding has no time to grow."""
+    lr = 1e-5 if kind.startswith("wrn") else 1e-8
+    fast, plain = losses(kind, 20, lr)[0], losses(kind, 20, lr, plain=True)[0]
+    assert fast == pytest.approx(plain, rel=1e-5)
+    assert len(set(plain)) == 20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
+@pytest.mark.parametrize("kind", ["shufflenet", "kd 1"])
+def test_compiled_gives_the_eager_losses(kind):
+    compiled, model = losses(kind, 20, 1e-8, compile="default")
+    eager, _ = losses(kind, 20, 1e-8, compile="off")
+    assert compiled == pytest.approx(eager, rel=1e-5)
+    assert list(model.state_dict()) == list(make_task(kind).trainable_module.state_dict())  # files keep their names
+
+
+def test_bf16_is_near_fp32_with_losses_and_weights_in_fp32():
+    fast, model = losses("kd 1", 5, 1e-7, precision="bf16")
+    full, _ = losses("kd 1", 5, 1e-7, precision="fp32")
+    assert fast != full and fast == pytest.approx(full, rel=0.03)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model(torch.randn(2, 3, 16, 16)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["wrn_40_2", "shufflenet_v1"])
+def test_folded_teacher_gives_the_models_logits(name):
+    model = trained_looking(name).eval()
+    images = torch.randn(32, 3, 16, 16)
+    expected = model(images)
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    teacher = common.Teacher(model)
+    folded = sum(isinstance(module, nn.BatchNorm2d) for module in teacher.modules())
+    assert folded < sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert (teacher(images) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())  # the model itself is as it was
+    both = common.Teacher(model, model)(images)
+    torch.testing.assert_close(both, torch.stack([teacher(images)] * 2))
+
+
+def test_auto_compiles_only_what_pays(monkeypatch):
+    def chosen(images: int, **settings) -> tuple[str, str]:
+        trainer = Trainer(make_task("wrn"), torch.device("cpu"), images, lr=0.1, momentum=0, weight_decay=0, **settings)
+        return trainer.compile, trainer.precision
+
+    assert chosen(10**9) == ("off", "fp32")
+    monkeypatch.setitem(training.AUTO_COMPILE, "cpu", ("default", 1000))
+    assert chosen(999)[0] == "off" and chosen(1000)[0] == ("default" if has_compiler() else "off")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert chosen(1000)[0] == "off"
+    assert chosen(0, compile="default", precision="bf16") == ("default", "bf16")
+
+
+def test_augmentations_and_step_wait_for_no_device():
+    """On a GPU `item`, `nonzero` and copies back would stall it; here they are counted on tensors that say so."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+                seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    data = load_dataset("digits", Path())
+    trainer = Trainer(make_task("kd 1"), torch.device("cpu"), 0, lr=0.01, momentum=0.9, weight_decay=5e-4)
+    augments = [common.Standard(), common.Mix(10, 0.3), common.CutOut()]
+    for augment in augments:
+        with Watch():
+            inputs, targets = augment(data.train_images[:8], data.train_labels[:8])
+        if targets.ndim == 1:
+            with Watch():
+                trainer.step(inputs, targets)
+    assert not seen
