@@ -214,7 +214,10 @@ def reference_evaluation(model: nn.Module, run: MeasuredRun, workers: int) -> No
 
 
 def images_per_second(step: Callable[[], int], seconds: float, device: torch.device) -> float:
-    """Do steps, at least one, until the time is up. `step` returns the images it has done."""
+    """Do steps, at least one, until the time is up; a first one does not count. `step` returns the images it did."""
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     done, started = 0, time.perf_counter()
     while time.perf_counter() - started < seconds:
         done += step()
@@ -223,14 +226,15 @@ def images_per_second(step: Callable[[], int], seconds: float, device: torch.dev
     return done / (time.perf_counter() - started)
 
 
-def alternate(cfg: Config, device: torch.device, **sides: Callable[[], int]) -> dict[str, float]:
-    """Median images/s of each side, timed in turn after a first step that does not count."""
-    for step in sides.values():
-        step()
+def alternate(cfg: Config, run: MeasuredRun, loop: "ReferenceLoop | None", **sides: Callable[[], int]) -> dict:
+    """Median images/s of each side, timed in turn. The loop's workers rest while it is not its turn: they would fill
+    their queue at the cost of the other side, and live off it in their own."""
     speeds = {name: [] for name in sides}
     for _ in range(cfg.repeats):
         for name, step in sides.items():
-            speeds[name].append(images_per_second(step, cfg.seconds, device))
+            speeds[name].append(images_per_second(step, cfg.seconds, run.device))
+            if loop:
+                loop.batches = None
     return {name: statistics.median(values) for name, values in speeds.items()}
 
 
@@ -268,7 +272,7 @@ def ratios(cfg: Config) -> list[dict]:
             run = build(row, cfg)
             flops = count_flops(run) if run.device.type == "cuda" else None
             reference = ReferenceLoop(run, kind, cfg.workers)
-            add(name, alternate(cfg, run.device, ours=our_steps(run), reference=reference.step), flops=flops)
+            add(name, alternate(cfg, run, reference, ours=our_steps(run), reference=reference.step), flops=flops)
     for name, row, kind in (
         ("input, standard", "teacher_baseline", "plain"),
         ("input, AugMix", "teacher_augmix", "augmix"),
@@ -284,7 +288,7 @@ def ratios(cfg: Config) -> list[dict]:
                 return size
 
             sides = dict(ours=ours, reference=lambda reference=reference: len(reference.next_batch()[1]))
-            add(name, alternate(cfg, run.device, **sides))
+            add(name, alternate(cfg, run, reference, **sides))
     if re.search(cfg.rows, "evaluation"):
         run = build("student_baseline", cfg)
         part = slice(0, 2000 if run.device.type == "cpu" else None)
@@ -302,7 +306,7 @@ def ratios(cfg: Config) -> list[dict]:
             reference_evaluation(plain, run, cfg.workers)
             return len(run.data.test_labels)
 
-        add("evaluation, student", alternate(cfg, run.device, ours=evaluate, reference=evaluate_plainly), 10_000)
+        add("evaluation, student", alternate(cfg, run, None, ours=evaluate, reference=evaluate_plainly), 10_000)
     return lines
 
 
