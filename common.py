@@ -13,7 +13,6 @@ import hashlib
 import importlib.util
 import json
 import math
-import os
 import platform
 import random
 import re
@@ -24,7 +23,6 @@ import sys
 import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -50,6 +48,7 @@ from cifar_models import CIFAR_MEAN, CIFAR_STD
 from command_line import parse
 from image_data import Dataset, load_dataset
 from run_files import UserError, atomic_write, read_published, read_result, save_weights
+from tracking import Tracker
 from training import Compile, Precision, Trainer
 
 ROOT = Path(__file__).resolve().parent
@@ -518,7 +517,7 @@ class Run:
         cfg, trainer = self.cfg, self.trainer(task)
         model, optimizer = trainer.model, trainer.optimizer
         state = self._resume(model, optimizer)
-        tracker = Tracker(self, state["wandb_id"])
+        tracker = self._tracker(state["wandb_id"])
         predictions, n = None, len(self.data.train_labels)
         if state["history"]:
             print(f"resuming after epoch {len(state['history'])} of {cfg.epochs}")
@@ -579,7 +578,8 @@ class Run:
         choices = {key: {"epoch": None, "probabilities": mean[key]} for key in names if key != "val"}
         if self.cfg.val_size:
             choices["selected"]["val_probabilities"] = mean["val"]
-        self._finish(choices, {"train_seconds": 0.0, "images_per_second": None}, Tracker(self, secrets.token_hex(4)))
+        speed = {"train_seconds": 0.0, "images_per_second": None}
+        self._finish(choices, speed, self._tracker(secrets.token_hex(4)))
 
     # How it is done --------------------------------------------------------------------------------------
 
@@ -685,6 +685,18 @@ class Run:
             raise UserError(f"{path / 'model.safetensors'} cannot be used: {str(error).splitlines()[0]}") from None
         return model
 
+    def _tracker(self, run_id: str) -> Tracker:
+        cfg = self.cfg
+        return Tracker(
+            cfg.wandb,
+            self.path,
+            run_id,
+            group=self.row,
+            name=f"{self.row}-{cfg.protocol}-s{cfg.seed}",
+            tags=[cfg.protocol, cfg.dataset],
+            config={**settings(cfg), "row": self.row, "published": published(self.row, self.changes)},
+        )
+
     def _resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """What the last checkpoint holds, its weights and momenta put in place; or a fresh start."""
         path = self.path / "checkpoint.pt"
@@ -712,7 +724,7 @@ class Run:
         with atomic_write(self.path / "history.csv") as file:
             file.write(table.getvalue().encode())
 
-    def _finish(self, choices: dict[str, dict[str, Any]], speed: dict[str, Any], tracker: "Tracker") -> None:
+    def _finish(self, choices: dict[str, dict[str, Any]], speed: dict[str, Any], tracker: Tracker) -> None:
         """Write probabilities, diagram and, once all else is there, `result.json`.
 
         `choices` are the epochs that are reported: `best` on the test images, as published, `last` and, with
@@ -751,57 +763,6 @@ class Run:
         with atomic_write(self.path / "result.json") as file:
             file.write(json.dumps(result, indent=2).encode())
         tracker.finish(result, self.path / "reliability.png")
-
-
-class Tracker:
-    """The run in Weights & Biases. Whatever goes wrong there costs a warning, never the run."""
-
-    def __init__(self, run: Run, run_id: str):
-        self.wandb_run = None
-        mode = run.cfg.wandb if run.cfg.wandb != "auto" else os.environ.get("WANDB_MODE")
-        if mode == "disabled":
-            return
-        with self._never_fatal():
-            import wandb
-
-            mode = mode or ("online" if wandb.login(prompt=False) else "offline")
-            run.path.mkdir(parents=True, exist_ok=True)
-            self.wandb_run = wandb.init(
-                project="calibrated-distillation",
-                group=run.row,
-                name=f"{run.row}-{run.cfg.protocol}-s{run.cfg.seed}",
-                tags=[run.cfg.protocol, run.cfg.dataset],
-                config={**settings(run.cfg), "row": run.row, "published": published(run.row, run.changes)},
-                id=run_id,
-                resume="allow",
-                mode=mode,
-                dir=run.path,
-                settings=wandb.Settings(silent=True, console="off", init_timeout=30),
-            )
-            self.wandb_run.define_metric("*", step_metric="epoch")
-
-    def log(self, values: dict[str, float]) -> None:
-        if self.wandb_run:
-            with self._never_fatal():
-                self.wandb_run.log(values)
-
-    def finish(self, result: dict[str, Any], diagram: Path) -> None:
-        if self.wandb_run:
-            with self._never_fatal():
-                import wandb
-
-                self.wandb_run.log({"reliability": wandb.Image(str(diagram))})
-                for name in {"best", "last", "selected"} & result.keys():
-                    self.wandb_run.summary.update({f"{name}/{k}": v for k, v in result[name].items()})
-                self.wandb_run.finish()
-
-    @contextmanager
-    def _never_fatal(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            print(f"warning: not tracked by Weights & Biases: {error}", file=sys.stderr)
-            self.wandb_run = None
 
 
 # 5. Facts about a run ------------------------------------------------------------------------------------
