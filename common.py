@@ -1,8 +1,9 @@
-"""What the recipes share. Read it top to bottom: data, augmentation, objectives, settings, run.
+"""What the recipes share. Read it top to bottom: augmentation, objectives, settings, run, facts, command line.
 
 A recipe (`recipes/<row>.py`) says what is trained and on what objective. This module knows how: it puts the images on
 the device, augments whole batches there, trains, evaluates after every epoch, and leaves a folder of results that the
-same command resumes, reprints or builds upon. The models are in `cifar_models.py`, the metrics in `calibration.py`.
+same command resumes, reprints or builds upon. Parts with a life of their own are modules beside it, named for what they
+are: `cifar_models`, `image_data`, `augmix`, `training`, `calibration`, `tracking`, `run_files`, `command_line`.
 """
 
 import bisect
@@ -363,6 +364,7 @@ class TrainConfig(Config):
     """of the models' arithmetic: auto is bf16 on a GPU and fp32 elsewhere; losses are fp32 always"""
 
 
+# Settings that leave a run the same run: where it happens, and what at most moves the last bits of its numbers.
 NOT_IDENTITY = {"protocol", "seed", "data_dir", "device", "results_dir", "wandb", "overwrite", "compile"}
 
 
@@ -820,6 +822,9 @@ def summary(result: dict[str, Any], path: Path) -> str:
     for name in ("published", "best", "last", "selected"):
         if numbers := result.get(name):
             epoch = numbers.get("best_epoch") or numbers.get("epoch")
-            label = name + (f" (epoch {epoch:.0f})" if epoch else "")
+            if name == "published" and result["dataset"] != "cifar100":
+                label = "published, CIFAR-100"
+            else:
+                label = name + (f" (epoch {epoch:.0f})" if epoch else "")
             lines.append(f"{label:22}{numbers['accuracy']:>9.2%} {numbers['ece']:>9.4f}{numbers['oe']:>9.4f}")
     return "\n".join([*lines, f"result   {path / 'result.json'}", f"diagram  {path / 'reliability.png'}"])
