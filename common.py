@@ -664,8 +664,7 @@ class Run:
             path = run.path
             if run.load_result() is None or not (path / needed).is_file():
                 print(f"{self.row} needs {row}, which is not in {path} yet: training it first", flush=True)
-                (path / "result.json").unlink(missing_ok=True)
-                run_row(row, main, run.cfg)
+                main(run.cfg, run)  # not run_row: a result whose files are gone stays until the new one is whole
                 print(f"{row} is finished: back to {self.row}", flush=True)
         if not (path / needed).is_file():
             raise UserError(f"{path} has a result.json but no {needed}")

@@ -24,14 +24,14 @@ class Killed(Exception):
     pass
 
 
-def kill_in_epoch(monkeypatch, epoch: int) -> None:
-    """Let the training loop die in the second step of an epoch."""
+def kill_in_epoch(monkeypatch, epoch: int, steps_an_epoch: int = 3) -> None:
+    """Let the training loop die in the second step of an epoch, or in its only one."""
     real = common.Standard.__call__
     steps = []
 
     def augment(self, images, labels):
         steps.append(1)
-        if len(steps) == 3 * (epoch - 1) + 2:  # three steps an epoch
+        if len(steps) == steps_an_epoch * (epoch - 1) + min(2, steps_an_epoch):
             raise Killed
         return real(self, images, labels)
 
@@ -133,7 +133,7 @@ def test_overwrite_starts_this_row_over_but_not_its_teacher(tmp_path):
     assert (next(teacher.iterdir()) / "model.safetensors").stat().st_mtime_ns == stamps[1]
 
 
-def test_a_missing_teacher_is_trained_first_and_only_once(tmp_path, capsys):
+def test_a_missing_teacher_is_trained_first_and_only_once(tmp_path, monkeypatch, capsys):
     _, path = run_row("kd_mixup", tmp_path, seed=3)
     out = capsys.readouterr().out
     assert "kd_mixup needs teacher_mixup" in out and "teacher_mixup is finished" in out
@@ -146,6 +146,10 @@ def test_a_missing_teacher_is_trained_first_and_only_once(tmp_path, capsys):
     assert "needs" not in capsys.readouterr().out
 
     (teacher / "model.safetensors").unlink()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_in_epoch(patch, 1, steps_an_epoch=1)
+        run_row("kd_mixup", tmp_path, seed=3, temperature=5.0)
+    assert json.loads((teacher / "result.json").read_text()) == result  # nothing computed is lost
     run_row("kd_mixup", tmp_path, seed=3, temperature=5.0)
     assert "kd_mixup needs teacher_mixup" in capsys.readouterr().out
 
