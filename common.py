@@ -1,9 +1,9 @@
-"""What the recipes share. Read it top to bottom: augmentation, objectives, settings, run, facts, command line.
+"""What the recipes share. Read it top to bottom: objectives, settings, run, facts, command line.
 
 A recipe (`recipes/<row>.py`) says what is trained and on what objective. This module knows how: it puts the images on
 the device, augments whole batches there, trains, evaluates after every epoch, and leaves a folder of results that the
 same command resumes, reprints or builds upon. Parts with a life of their own are modules beside it, named for what they
-are: `cifar_models`, `image_data`, `augmix`, `training`, `calibration`, `tracking`, `run_files`, `command_line`.
+are: `cifar_models`, `image_data`, `augmentation`, `training`, `calibration`, `tracking`, `run_files`, `command_line`.
 """
 
 import bisect
@@ -34,8 +34,6 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-from timm.data.mixup import Mixup
-from timm.data.random_erasing import RandomErasing
 from timm.task import LogitDistillationTask, TrainingTask
 from timm.task.distillation import DistillationTeacher
 from torch import Tensor, nn
@@ -43,9 +41,9 @@ from torch.fx.experimental.optimization import fuse
 from torch.fx.proxy import TraceError
 from tqdm import tqdm
 
-from augmix import BatchedAugMix, TimmAugMix
+import cifar_models  # noqa: F401 registers its models with timm
+from augmentation import AugMix, CutOut, Mix, Standard, normalize  # noqa: F401 recipes use them as common.Mix
 from calibration import calibration_metrics, reliability_diagram, scores_of_run
-from cifar_models import CIFAR_MEAN, CIFAR_STD
 from command_line import parse
 from image_data import Dataset, load_dataset
 from run_files import UserError, atomic_write, read_published, read_result, save_weights
@@ -55,173 +53,7 @@ from training import Compile, Precision, Trainer
 ROOT = Path(__file__).resolve().parent
 
 
-# 1. Augmentation -----------------------------------------------------------------------------------------
-#
-# An augmentation takes a batch of raw images, uint8 (B, 3, H, W), with labels, int64 (B,), and returns what the
-# model and the objective see: normalised float images, and labels or soft targets. It draws from the global
-# generators of torch (on the CPU, so that every device sees the same views), numpy and random, which the run
-# seeds at the start of every epoch. Lengths are fractions of the image, so they hold at any size.
-
-
-def normalize(images: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) -> float32 with CIFAR's mean and standard deviation taken out."""
-    mean, std = _mean_std(images.device)
-    return images.float().div_(255).sub_(mean).div_(std)
-
-
-@functools.cache
-def _mean_std(device: torch.device) -> Tensor:
-    """float32 (2, 3, 1, 1). Kept, for a GPU would be waited for at every copy."""
-    return torch.tensor((CIFAR_MEAN, CIFAR_STD), device=device).view(2, 3, 1, 1)
-
-
-class Standard:
-    """Random crop after zero padding, horizontal flip, rotation; each drawn per image. Then normalised.
-
-    All three are one gather: every output pixel is traced back through the operations, last one first, and is
-    black once it leaves the frame. Rotation is nearest-neighbour and agrees with PIL's to the pixel.
-
-    Args:
-        padding: zeros on each side before the crop, as a fraction of the image (4 of 32 pixels).
-        degrees: rotation is uniform in [-degrees, degrees].
-    """
-
-    order = ("crop", "flip", "rotate")
-
-    def __init__(self, padding: float = 1 / 8, degrees: float = 15.0):
-        self.padding, self.degrees = padding, degrees
-
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return normalize(self.warp(images, *self.draw(images))), labels
-
-    def draw(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Shift (2, B) in pixels, down and right; flip (B,) bool; angle (B,) float64 in degrees, anticlockwise."""
-        pad = round(self.padding * images.shape[-1])
-        shift = torch.randint(-pad, pad + 1, (2, len(images)))
-        flip = torch.rand(len(images)) < 0.5
-        angle = torch.empty(len(images), dtype=torch.float64).uniform_(-self.degrees, self.degrees)
-        return shift, flip, angle
-
-    def warp(self, images: Tensor, shift: Tensor, flip: Tensor, angle: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> the cropped, flipped and rotated images, likewise."""
-        b, _, h, w = images.shape
-        cos, sin = angle.deg2rad().cos(), angle.deg2rad().sin()
-        start_x = w / 2 - cos * (w - 1) / 2 + sin * (h - 1) / 2  # where output pixel (0, 0) comes from
-        start_y = h / 2 - sin * (w - 1) / 2 - cos * (h - 1) / 2
-        # 16.16 fixed point as in PIL, so that what lies on an edge falls to the same side as there
-        fixed = (torch.floor(v * 65536 + 0.5).long() for v in (cos, sin, start_x, start_y))
-        draws = torch.stack([*shift, flip, *fixed]).to(images.device, non_blocking=True)
-        down, right, flip, cos, sin, start_x, start_y = draws.view(7, b, 1, 1)
-        y, x = torch.meshgrid(*(torch.arange(n, device=images.device) for n in (h, w)), indexing="ij")
-        visible = torch.ones((), dtype=torch.bool, device=images.device)
-        for step in reversed(self.order):
-            if step == "crop":
-                y, x = y - down, x - right
-            elif step == "flip":
-                x = torch.where(flip > 0, w - 1 - x, x)
-            else:
-                y, x = (start_y + sin * x + cos * y) >> 16, (start_x + cos * x - sin * y) >> 16
-            visible = visible & (x >= 0) & (x < w) & (y >= 0) & (y < h)
-        source = torch.where(visible, y * w + x, 0).view(b, 1, h * w).expand(-1, 3, -1)
-        return images.flatten(2).gather(2, source).view_as(images) * visible.unsqueeze(1)
-
-
-class CutMix(Mixup):
-    """timm's `Mixup` with CutMix alone, per image, but without its loop over the images: the same numbers drawn in the
-    same order, hence the same result. The loop would launch a copy for each image."""
-
-    def __init__(self, alpha: float, num_classes: int):
-        super().__init__(0.0, alpha, mode="elem", label_smoothing=0.0, num_classes=num_classes)
-
-    def _mix_elem(self, x: Tensor) -> Tensor:
-        h, w = x.shape[-2:]
-        lam, _ = self._params_per_elem(len(x))
-        side = np.sqrt(1 - lam)[:, None]
-        size = (np.array((h, w), np.float32) * side).astype(int)
-        center = np.zeros_like(size)
-        center[lam != 1] = np.random.randint((h, w), size=((lam != 1).sum(), 2))
-        low, high = (np.clip(edge, 0, (h, w)) for edge in (center - size // 2, center + (size + 1) // 2))
-        lam = torch.from_numpy(1 - np.prod(high - low, 1) / (h * w)).to(x.dtype).unsqueeze(1)
-        boxes, lam = (t.to(x.device, non_blocking=True) for t in (torch.from_numpy(np.hstack([low, high])), lam))
-        top, left, bottom, right = boxes[..., None, None].unbind(1)
-        y, x_ = torch.arange(h, device=x.device).view(-1, 1), torch.arange(w, device=x.device)
-        inside = (y >= top) & (y < bottom) & (x_ >= left) & (x_ < right)
-        torch.where(inside.unsqueeze(1), x.flip(0), x, out=x)
-        return lam
-
-
-class Mix(Standard):
-    """Standard augmentation, then timm's `Mixup`: images paired within the batch, soft targets (B, num_classes).
-
-    Args:
-        num_classes: width of the targets.
-        mixup_alpha: MixUp (Zhang et al., 2018), lambda ~ Beta(alpha, alpha), one a batch. 0 switches it off.
-        cutmix_alpha: CutMix (Yun et al., 2019) instead, lambda ~ Beta(alpha, alpha), one box an image, the label
-            weights corrected to the area really pasted. 0 switches it off.
-    """
-
-    def __init__(self, num_classes: int, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0):
-        super().__init__()
-        if cutmix_alpha:
-            self.mixup = CutMix(cutmix_alpha, num_classes)
-        else:
-            self.mixup = Mixup(mixup_alpha, label_smoothing=0.0, num_classes=num_classes)
-            self.mixup.mixup_enabled = mixup_alpha > 0
-
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        even = len(images) // 2 * 2  # timm pairs images; where an epoch's last batch is odd, one sits out
-        return self.mixup(*super().__call__(images[:even], labels[:even]))
-
-
-class CutOut(Standard):
-    """Standard augmentation, then CutOut (DeVries & Taylor, 2017): one square hole, 0 after normalisation.
-
-    Its centre is uniform over the image and the border clips it. timm's `RandomErasing` keeps its rectangle inside,
-    so it erases on a canvas that is larger by the hole less one pixel, and the canvas is cut off again. The canvas is a
-    mask on the CPU, for timm erases in a loop over the images.
-
-    Args:
-        size: side of the hole, as a fraction of the image (16 of 32 pixels).
-    """
-
-    def __init__(self, size: float = 0.5):
-        super().__init__()
-        self.size = size
-
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        images, labels = super().__call__(images, labels)
-        h, w = images.shape[-2:]
-        hole = round(self.size * h)
-        before = hole // 2
-        canvas = torch.ones(len(images), 1, h + hole - 1, w + hole - 1, dtype=torch.bool)
-        area = hole**2 / canvas[0].numel()
-        RandomErasing(1.0, area, area, min_aspect=1.0, max_aspect=1.0, device="cpu")(canvas)
-        kept = canvas[:, :, before : before + h, before : before + w].to(images.device, non_blocking=True)
-        return images.masked_fill_(~kept, 0), labels
-
-
-class AugMix(Standard):
-    """AugMix (Hendrycks et al., 2020): returns (3 * B, 3, H, W), the clean view and two augmented ones in turn, as
-    timm's `JsdCrossEntropy` expects them; labels stay (B,).
-
-    Args:
-        severity: largest level of an operation, out of 10.
-        backend: `batched` is tensor code on the images' device, `timm` goes through PIL, an image at a time. They
-            agree but for rounding, and draw from other generators.
-    """
-
-    order = ("rotate", "flip", "crop")  # as the original script has it for this row
-
-    def __init__(self, severity: float = 3.0, backend: Literal["batched", "timm"] = "batched"):
-        super().__init__()
-        self.augmix = (BatchedAugMix if backend == "batched" else TimmAugMix)(severity)
-
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        clean = self.warp(images, *self.draw(images))
-        return normalize(torch.cat([clean, self.augmix(clean.repeat(2, 1, 1, 1))])), labels
-
-
-# 2. Objectives -------------------------------------------------------------------------------------------
+# 1. Objectives -------------------------------------------------------------------------------------------
 
 
 class Teacher(DistillationTeacher):
@@ -286,7 +118,7 @@ class EnsembleDistillationTask(LogitDistillationTask):
         return {"loss": loss, "output": output, "task_loss": task_loss, "kd_loss": kd_loss}
 
 
-# 3. Settings ---------------------------------------------------------------------------------------------
+# 2. Settings ---------------------------------------------------------------------------------------------
 
 
 class Protocol(typing.NamedTuple):
@@ -432,7 +264,7 @@ def _shared_dataset(
     return (dataset.train_subset(train_size) if train_size else dataset).to(device)
 
 
-# 4. Run --------------------------------------------------------------------------------------------------
+# 3. Run --------------------------------------------------------------------------------------------------
 
 
 def run_row(row: str, main: Callable, cfg: Config) -> dict[str, Any]:
@@ -766,7 +598,7 @@ class Run:
         tracker.finish(result, self.path / "reliability.png")
 
 
-# 5. Facts about a run ------------------------------------------------------------------------------------
+# 4. Facts about a run ------------------------------------------------------------------------------------
 
 
 def published(row: str, changes: dict[str, Any]) -> dict[str, float | None] | None:
@@ -796,7 +628,7 @@ def versions() -> dict[str, str | None]:
     return {"python": platform.python_version(), **libraries, "cuda": torch.version.cuda, "commit": commit}
 
 
-# 6. Command line -----------------------------------------------------------------------------------------
+# 5. Command line -----------------------------------------------------------------------------------------
 
 
 def cli(main: Callable[[Config, Run], None]) -> None:

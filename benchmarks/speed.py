@@ -36,6 +36,7 @@ from torchvision import transforms
 import common
 from augmix import TimmAugMix
 from calibration import calibration_metrics
+from cifar_models import CIFAR_MEAN, CIFAR_STD
 
 # (name, recipe, what the reference does to a batch)
 ROWS = (
@@ -108,7 +109,7 @@ class Pictures(Dataset):
 
 
 def reference_transform(kind: str) -> Callable:
-    to_tensor = [transforms.ToTensor(), transforms.Normalize(common.CIFAR_MEAN, common.CIFAR_STD)]
+    to_tensor = [transforms.ToTensor(), transforms.Normalize(CIFAR_MEAN, CIFAR_STD)]
     if kind == "test":
         return transforms.Compose(to_tensor)
     geometry = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.RandomRotation(15)]

@@ -9,6 +9,7 @@ from timm.data.auto_augment import AugMixAugment
 
 import common
 from augmix import OPERATIONS, TimmAugMix
+from cifar_models import CIFAR_MEAN, CIFAR_STD
 
 
 def indexed_images(n: int, size: int = 32) -> torch.Tensor:
@@ -22,7 +23,7 @@ def indexed_images(n: int, size: int = 32) -> torch.Tensor:
 
 def raw(inputs: torch.Tensor) -> torch.Tensor:
     """Undo `normalize`."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (common.CIFAR_MEAN, common.CIFAR_STD))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CIFAR_MEAN, CIFAR_STD))
     return (inputs * std + mean) * 255
 
 

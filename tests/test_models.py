@@ -8,7 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-import common
+from cifar_models import CIFAR_MEAN, CIFAR_STD
 
 MODELS = {"wrn_40_2": 2_255_156, "shufflenet_v1": 949_258}
 
@@ -92,7 +92,7 @@ def test_timm_interface(name):
     model.reset_classifier(0)
     torch.testing.assert_close(model(x), pooled)
     assert timm.create_model(name, num_classes=0, in_chans=1)(x).shape == pooled.shape
-    assert model.pretrained_cfg["mean"] == common.CIFAR_MEAN and model.pretrained_cfg["std"] == common.CIFAR_STD
+    assert model.pretrained_cfg["mean"] == CIFAR_MEAN and model.pretrained_cfg["std"] == CIFAR_STD
 
 
 def test_features_only(name):

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import training
+from augmentation import CutMix
 from image_data import load_dataset
 from training import Trainer, has_compiler
 
@@ -32,7 +33,7 @@ def test_cutmix_gives_what_timms_loop_gives(size, alpha):
         expected = timm(images.clone(), labels)
         following = np.random.rand()
         np.random.seed(seed)
-        ours = common.CutMix(alpha, 10)(images.clone(), labels)
+        ours = CutMix(alpha, 10)(images.clone(), labels)
         assert torch.equal(ours[0], expected[0]) and torch.equal(ours[1], expected[1])
         assert np.random.rand() == following  # nothing more and nothing less was drawn
         ones += (expected[1].amax(1) == 1).sum()
