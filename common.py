@@ -10,14 +10,12 @@ import bisect
 import csv
 import dataclasses
 import functools
-import hashlib
 import importlib.util
 import json
 import math
 import platform
 import random
 import re
-import secrets
 import shutil
 import subprocess
 import sys
@@ -34,7 +32,8 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-from timm.task import LogitDistillationTask, TrainingTask
+from timm.loss import JsdCrossEntropy
+from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 from timm.task.distillation import DistillationTeacher
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
@@ -46,8 +45,8 @@ from augmentation import AugMix, CutOut, Mix, Standard, normalize  # noqa: F401 
 from calibration import calibration_metrics, reliability_diagram, scores_of_run
 from command_line import parse
 from image_data import Dataset, load_dataset
-from run_files import UserError, atomic_write, read_published, read_result, save_weights
-from tracking import Tracker
+from run_files import UserError, atomic_write, read_published, read_result, save_weights, variant
+from tracking import ARTIFACT, Tracker, fetch_artifact, in_sweep
 from training import Compile, Precision, Trainer
 
 ROOT = Path(__file__).resolve().parent
@@ -118,6 +117,21 @@ class EnsembleDistillationTask(LogitDistillationTask):
         return {"loss": loss, "output": output, "task_loss": task_loss, "kd_loss": kd_loss}
 
 
+class JsdTask(ClassificationTask):
+    """timm's `ClassificationTask` with its `JsdCrossEntropy`, which returns that loss's two parts as well."""
+
+    def __init__(self, model: nn.Module, criterion: JsdCrossEntropy):
+        super().__init__(model, criterion)
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        result = super().forward(input, target)
+        with torch.no_grad():
+            clean = result["output"][: len(target)]
+            task_loss = self.criterion.cross_entropy_loss(clean, target)
+            jsd_loss = (result["loss"] - task_loss) / max(self.criterion.alpha, 1e-12)
+        return {**result, "task_loss": task_loss, "jsd_loss": jsd_loss}
+
+
 # 2. Settings ---------------------------------------------------------------------------------------------
 
 
@@ -172,8 +186,14 @@ class Config:
     """auto takes the GPU if there is one"""
     results_dir: Path = Path("results")
     """where run folders go: <protocol>/<row>/seed<k>, or seed<k>-<hash> for settings that are not the row's own"""
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Weights & Biases: auto obeys WANDB_MODE, else is online where a key is configured and offline elsewhere"""
+    wandb_project: str | None = None
+    """project there, if not WANDB_PROJECT or calibrated-distillation"""
+    wandb_charts: Count = 10
+    """calibration curves are logged at so many epochs, evenly, and at the last"""
+    wandb_thumbnails: bool = False
+    """log the 64 test images that are most confidently mistaken, as pictures"""
     overwrite: bool = False
     """start this row over, even if it is finished"""
 
@@ -197,7 +217,10 @@ class TrainConfig(Config):
 
 
 # Settings that leave a run the same run: where it happens, and what at most moves the last bits of its numbers.
-NOT_IDENTITY = {"protocol", "seed", "data_dir", "device", "results_dir", "wandb", "overwrite", "compile"}
+NOT_IDENTITY = {
+    "protocol", "seed", "data_dir", "device", "results_dir", "overwrite", "compile", "wandb_mode", "wandb_project",
+    "wandb_charts", "wandb_thumbnails",
+}  # fmt: skip
 
 
 def resolve(cfg: Config) -> Config:
@@ -270,10 +293,14 @@ def _shared_dataset(
 def run_row(row: str, main: Callable, cfg: Config) -> dict[str, Any]:
     """Train or evaluate one row, unless it is finished. Returns what its `result.json` holds."""
     run = Run(row, cfg)
+    run.sweep = in_sweep()
     if cfg.overwrite:
         run.forget()
-    if run.load_result() is None:
+    result = run.load_result()
+    if result is None:
         main(run.cfg, run)
+    elif run.sweep:
+        run.report(result)
     return run.load_result()
 
 
@@ -307,14 +334,13 @@ class Run:
     def __init__(self, row: str, cfg: Config):
         self.row, self.cfg = row, resolve(cfg)
         self.changes = changes(self.cfg)
-        text = json.dumps(self.changes, sort_keys=True)
-        suffix = f"-{hashlib.sha256(text.encode()).hexdigest()[:8]}" if self.changes else ""
-        self.path = cfg.results_dir / cfg.protocol / row / f"seed{cfg.seed}{suffix}"
+        self.path = cfg.results_dir / cfg.protocol / row / f"seed{cfg.seed}{variant(self.changes)}"
         if cfg.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch sees no GPU here; --device cpu goes without")
         self.device = torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
         self.model_name: str | None = None  # what is trained; an ensemble trains nothing
-        self.sources: list[str] = []  # folders of the teachers or members
+        self.sources: list[str] = []  # the teachers or members: folders, or artifacts in W&B
+        self.sweep = False  # whether it is the run that a W&B agent asked for, not one that is trained on its way
 
     @functools.cached_property
     def data(self) -> Dataset:
@@ -339,7 +365,7 @@ class Run:
         """The trained models of these rows, frozen, at their last epoch.
 
         A row that is not there yet is trained first, by its own recipe, under this run's protocol, seed and data.
-        Instead of a row, the folder of a finished run will do.
+        Instead of a row, the folder of a finished run will do, or one in W&B as entity/project/name:alias.
 
         Raises:
             UserError: no such row, or trained on other classes or images.
@@ -351,7 +377,7 @@ class Run:
         cfg, trainer = self.cfg, self.trainer(task)
         model, optimizer = trainer.model, trainer.optimizer
         state = self._resume(model, optimizer)
-        tracker = self._tracker(state["wandb_id"])
+        tracker = self._tracker()
         predictions, n = None, len(self.data.train_labels)
         if state["history"]:
             print(f"resuming after epoch {len(state['history'])} of {cfg.epochs}")
@@ -363,7 +389,8 @@ class Run:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 bar.set_description(f"epoch {epoch}/{cfg.epochs}")
-                loss = self.train_epoch(trainer, augment, epoch, bar)
+                losses = self.train_epoch(trainer, augment, epoch, bar)
+                loss = losses["train_loss"]
                 trained = time.perf_counter()
                 if not math.isfinite(loss):
                     raise UserError(f"the loss is {loss} in epoch {epoch} at learning rate {lr:g}: try a smaller --lr")
@@ -372,19 +399,17 @@ class Run:
                     if scores and (not state.get(name) or scores["accuracy"] > state[name]["accuracy"]):
                         weights = {k: v.cpu().clone() for k, v in model.state_dict().items()}
                         state[name] = {"epoch": epoch, "accuracy": scores["accuracy"], "model": weights, **predictions}
-                columns = {k: test[k] for k in ("accuracy", "ece", "oe", "nll")}
-                columns |= {f"val_{k}": val[k] for k in columns if val}
-                columns |= {"seconds": time.perf_counter() - started}
-                state["history"].append({"epoch": epoch, "lr": lr, "train_loss": loss, **columns})
+                speed = n / (trained - started)
+                columns = {**test, **{f"val_{k}": v for k, v in val.items()}}
+                columns |= {"seconds": time.perf_counter() - started, "images_per_second": speed}
+                state["history"].append({"epoch": epoch, "lr": lr, **losses, **columns})
                 state["train_seconds"] += trained - started
                 self._save(state, model, optimizer)
-                speed = n / (trained - started)
                 bar.write(
                     f"epoch {epoch:3d}/{cfg.epochs}  lr {lr:<7.2g} loss {loss:<8.4g} accuracy {test['accuracy']:6.2%}  "
                     f"ECE {test['ece']:.4f}  OE {test['oe']:.4f}  {speed:,.0f} images/s"
                 )
-                scores = {f"test/{k}": v for k, v in test.items()} | {f"val/{k}": v for k, v in val.items()}
-                tracker.log({"epoch": epoch, "lr": lr, "train/loss": loss, "images_per_second": speed, **scores})
+                tracker.log(state["history"], predictions["probabilities"], self.data.test_labels)
         if predictions is None:  # killed between the last epoch and its result
             predictions, _, _ = self._evaluate(model)
         choices = {"best": state["best"], "last": {"epoch": cfg.epochs, **predictions}}
@@ -413,7 +438,7 @@ class Run:
         if self.cfg.val_size:
             choices["selected"]["val_probabilities"] = mean["val"]
         speed = {"train_seconds": 0.0, "images_per_second": None}
-        self._finish(choices, speed, self._tracker(secrets.token_hex(4)))
+        self._finish(choices, speed, self._tracker())
 
     # How it is done --------------------------------------------------------------------------------------
 
@@ -423,25 +448,26 @@ class Run:
         images = self.cfg.epochs * len(self.data.train_labels)
         return Trainer(task, self.device, images, **{name: getattr(self.cfg, name) for name in names})
 
-    def train_epoch(self, trainer: Trainer, augment: Callable, epoch: int, bar: tqdm) -> float:
-        """One pass over the training images in random order; returns the mean loss."""
+    def train_epoch(self, trainer: Trainer, augment: Callable, epoch: int, bar: tqdm) -> dict[str, float]:
+        """One pass over the training images in random order; returns the means of `train_loss` and its parts."""
         seed_everything(self.cfg.seed, epoch)
         trainer.task.train()
         images, labels = self.data.train_images, self.data.train_labels
         batches = torch.randperm(len(labels)).to(self.device).split(self.cfg.batch_size)
         if len(batches[-1]) == 1:  # batch norm and mixing need two
             batches = batches[:-1]
-        total, started = torch.zeros((), device=self.device), time.perf_counter()
+        total, started = {"train_loss": torch.zeros((), device=self.device)}, time.perf_counter()
         for step, index in enumerate(batches, 1):
             loss = trainer.step(*augment(images[index], labels[index]))
-            total += loss * len(index)
+            for name, value in {"train_loss": loss, **trainer.parts}.items():
+                total[name] = total.get(name, 0) + value * len(index)
             bar.update(len(index))
             if self.device.type == "cpu":  # on a GPU, reading the loss would stall it
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
                 hours = (time.perf_counter() - started) / step * len(batches) * self.cfg.epochs / 3600
                 if epoch == 1 and step == 5 and hours > 1:
                     bar.write(f"{self.row} will take about {hours:,.0f} h on this CPU; --protocol smoke takes a minute")
-        return total.item() / sum(map(len, batches))
+        return {name: value.item() / sum(map(len, batches)) for name, value in total.items()}
 
     def _evaluate(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, float], dict[str, float]]:
         """Predictions, the scores of those for the test images and, with --val-size, for the held-out ones."""
@@ -488,8 +514,9 @@ class Run:
 
     def _finished(self, row: str, needed: str) -> Path:
         """The folder of a finished run of `row` on this run's data that holds the file `needed`."""
-        path = Path(row)
-        if not (path / "result.json").is_file():
+        artifact = ARTIFACT.fullmatch(row)
+        path = fetch_artifact(row, self.cfg.results_dir / "artifacts") if artifact else Path(row)
+        if not artifact and not (path / "result.json").is_file():
             main = load_recipe(row)
             handed_on = {field.name: getattr(self.cfg, field.name) for field in dataclasses.fields(Config)}
             run = Run(row, config_type(main)(**{**handed_on, "overwrite": False}))
@@ -498,8 +525,9 @@ class Run:
                 print(f"{self.row} needs {row}, which is not in {path} yet: training it first", flush=True)
                 main(run.cfg, run)  # not run_row: a result whose files are gone stays until the new one is whole
                 print(f"{row} is finished: back to {self.row}", flush=True)
-        if not (path / needed).is_file():
-            raise UserError(f"{path} has a result.json but no {needed}")
+        for name in ("result.json", needed):
+            if not (path / name).is_file():
+                raise UserError(f"{row if artifact else path} has no {name}")
         result = read_result(path)
         if result["classes"] != list(self.data.classes):
             raise UserError(
@@ -507,34 +535,54 @@ class Run:
             )
         if result["fingerprint"] != self.data.fingerprint:
             raise UserError(f"{path} was trained on other images than {self.row} is: choose another --results-dir")
-        self.sources.append(str(path))
+        self.sources.append(row if artifact else str(path))
         return path
 
     def _load_model(self, path: Path) -> nn.Module:
-        model = timm.create_model(read_result(path)["model"], num_classes=self.num_classes)
+        name = read_result(path)["model"]
+        if not timm.is_model(name or ""):
+            raise UserError(f"{path} is no teacher: timm knows no model {name}")
+        model = timm.create_model(name, num_classes=self.num_classes)
         try:
             model.load_state_dict(safetensors.torch.load_file(path / "model.safetensors"))
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             raise UserError(f"{path / 'model.safetensors'} cannot be used: {str(error).splitlines()[0]}") from None
         return model
 
-    def _tracker(self, run_id: str) -> Tracker:
+    def report(self, result: dict[str, Any]) -> None:
+        """Tell W&B of a run that is finished already, for a sweep that asked for it."""
+        self.model_name, self.sources = result["model"], result["sources"]
+        tracker, file = self._tracker(), self.path / "history.csv"
+        if file.is_file():  # an ensemble has none
+            lines = csv.DictReader(file.read_text().splitlines())
+            tracker.log([{name: float(value) for name, value in line.items()} for line in lines])
+        tracker.finish(result, result["classes"])
+
+    def _tracker(self) -> Tracker:
         cfg = self.cfg
+        kind = "teacher" if self.row.startswith("teacher_") else "student"
+        facts = {"row": self.row, "model": self.model_name, "sources": self.sources}
+        facts |= {"published": published(self.row, self.changes), "versions": versions()}
         return Tracker(
-            cfg.wandb,
             self.path,
-            run_id,
+            mode=cfg.wandb_mode,
+            project=cfg.wandb_project,
+            sweep=self.sweep,
+            epochs=cfg.epochs,
+            charts=cfg.wandb_charts,
+            sources=self.sources,
             group=self.row,
+            job_type="ensemble" if not self.model_name else "kd" if self.sources else kind,
             name=f"{self.row}-{cfg.protocol}-s{cfg.seed}",
             tags=[cfg.protocol, cfg.dataset],
-            config={**settings(cfg), "row": self.row, "published": published(self.row, self.changes)},
+            config={**settings(cfg), **facts},
         )
 
     def _resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """What the last checkpoint holds, its weights and momenta put in place; or a fresh start."""
         path = self.path / "checkpoint.pt"
         if not path.is_file():
-            return {"history": [], "best": None, "train_seconds": 0.0, "wandb_id": secrets.token_hex(4)}
+            return {"history": [], "best": None, "train_seconds": 0.0}
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
             model.load_state_dict(state.pop("model"))
@@ -595,7 +643,8 @@ class Run:
         }
         with atomic_write(self.path / "result.json") as file:
             file.write(json.dumps(result, indent=2).encode())
-        tracker.finish(result, self.path / "reliability.png")
+        images = self.data.test_images if self.cfg.wandb_thumbnails else None
+        tracker.finish(result, self.data.classes, images)
 
 
 # 4. Facts about a run ------------------------------------------------------------------------------------

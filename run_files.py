@@ -1,6 +1,7 @@
 """Files that are whole or not there, and the error that tells a person what to do about one."""
 
 import csv
+import hashlib
 import json
 import os
 import typing
@@ -36,6 +37,11 @@ def save_weights(path: Path, weights: "dict[str, Tensor]") -> None:
 
     with atomic_write(path) as file:
         file.write(safetensors.torch.save({name: tensor.contiguous() for name, tensor in weights.items()}))
+
+
+def variant(changes: dict[str, Any]) -> str:
+    """What tells a variant's names from its row's: `-` and 8 hex digits of its changes; nothing for the row itself."""
+    return f"-{hashlib.sha256(json.dumps(changes, sort_keys=True).encode()).hexdigest()[:8]}" if changes else ""
 
 
 def read_result(path: Path) -> dict[str, Any]:
