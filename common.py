@@ -32,6 +32,7 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
+import tyro
 from timm.loss import JsdCrossEntropy
 from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 from timm.task.distillation import DistillationTeacher
@@ -158,6 +159,7 @@ BatchSize = typing.Annotated[int, "2 or more", lambda v: v >= 2]  # batch norm a
 Fraction = typing.Annotated[float, "above 0 and at most 1", lambda v: 0 < v <= 1]
 Severity = typing.Annotated[float, "from 0.1 to 10", lambda v: 0.1 <= v <= 10]
 Pixels = typing.Annotated[int, "16 or more", lambda v: v >= 16]
+TeacherName = typing.Annotated[str, tyro.conf.arg(aliases=("--teacher-artifact",))]
 
 
 @dataclass(kw_only=True)
@@ -231,7 +233,7 @@ def resolve(cfg: Config) -> Config:
     """
 
     def bounds(hint) -> Iterator[tuple[str, Callable[[Any], bool]]]:
-        if hasattr(hint, "__metadata__"):
+        if len(getattr(hint, "__metadata__", ())) == 2:
             yield hint.__metadata__
         for part in typing.get_args(hint):
             yield from bounds(part)
@@ -382,7 +384,7 @@ class Run:
         if state["history"]:
             print(f"resuming after epoch {len(state['history'])} of {cfg.epochs}")
         bar = tqdm(total=cfg.epochs * n, initial=len(state["history"]) * n, unit="img", unit_scale=True, disable=None)
-        with bar:
+        with bar, tracker:
             for epoch in range(len(state["history"]) + 1, cfg.epochs + 1):
                 started = time.perf_counter()
                 lr = cfg.lr / 10 ** bisect.bisect_left(cfg.milestones, epoch)
@@ -401,7 +403,7 @@ class Run:
                         state[name] = {"epoch": epoch, "accuracy": scores["accuracy"], "model": weights, **predictions}
                 speed = n / (trained - started)
                 columns = {**test, **{f"val_{k}": v for k, v in val.items()}}
-                columns |= {"seconds": time.perf_counter() - started, "images_per_second": speed}
+                columns |= {"seconds": time.perf_counter() - started}
                 state["history"].append({"epoch": epoch, "lr": lr, **losses, **columns})
                 state["train_seconds"] += trained - started
                 self._save(state, model, optimizer)
@@ -409,7 +411,7 @@ class Run:
                     f"epoch {epoch:3d}/{cfg.epochs}  lr {lr:<7.2g} loss {loss:<8.4g} accuracy {test['accuracy']:6.2%}  "
                     f"ECE {test['ece']:.4f}  OE {test['oe']:.4f}  {speed:,.0f} images/s"
                 )
-                tracker.log(state["history"], predictions["probabilities"], self.data.test_labels)
+                tracker.log(state["history"], speed, predictions["probabilities"], self.data.test_labels)
         if predictions is None:  # killed between the last epoch and its result
             predictions, _, _ = self._evaluate(model)
         choices = {"best": state["best"], "last": {"epoch": cfg.epochs, **predictions}}

@@ -26,6 +26,7 @@ PROJECT = "calibrated-distillation"
 TEST_METRICS = ("accuracy", "ece", "oe", "nll", "brier")
 ARTIFACT = re.compile(r"[^/\\]+/[^/\\]+/[^/\\:]+:[^/\\:]+")  # entity/project/name:alias
 THUMBNAILS = 64
+PATIENCE = {"init_timeout": 30, "finish_timeout": 60}  # seconds; what is not uploaded by then, `wandb sync` sends later
 SWEEP = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")  # what an agent tells the run that it starts
 
 
@@ -77,21 +78,33 @@ class Tracker:
             project = project or os.environ.get("WANDB_PROJECT", PROJECT)
             self._later(self._start, mode, {"project": project, **about}, list(sources), needs_run=False)
 
-    # What a run calls; none of it waits but the last two ---------------------------------------------------
+    # What a run calls; of it, only what ends the run waits for W&B -----------------------------------------
 
-    def log(self, history: Sequence[dict[str, float]], probabilities: Any = None, labels: Any = None) -> None:
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """End the run as failed if there was an error; without one it goes on."""
+        if kind and self._thread:
+            self._close(130 if kind is KeyboardInterrupt else 1)
+
+    def log(
+        self, history: Sequence[dict[str, float]], images_per_second: float | None = None,
+        probabilities: Any = None, labels: Any = None,
+    ) -> None:  # fmt: skip
         """Log the epochs of a run's history that W&B does not have yet: one as a rule, more where a stop has cost some.
 
         Args:
             history: all epochs so far, as in `history.csv`.
-            probabilities, labels: (n, classes) and (n,), of the test images at the last of them; for the curves.
+            images_per_second: in the training of the last of them.
+            probabilities, labels: (n, classes) and (n,), of the test images after it; for the curves.
         """
         if not self._thread:
             return
         metrics = None
         if probabilities is not None and self.due(len(history)):
             metrics = calibration_metrics(probabilities, labels)  # here, for it sets the threads of the process
-        self._later(self._log, list(history), metrics)
+        self._later(self._log, list(history), images_per_second, metrics)
 
     def due(self, epoch: int) -> bool:
         """Whether the calibration curves of an epoch, counted from 1, are logged."""
@@ -130,8 +143,7 @@ class Tracker:
             try:
                 job(*args)
             except Exception as error:
-                text = (str(error) or type(error).__name__).splitlines()[0]
-                print(f"warning: not tracked by Weights & Biases: {text}", file=sys.stderr)
+                _warn(f"not tracked any more: {_first_line(error)}")
                 run, self.wandb_run = self.wandb_run, None
                 with suppress(Exception):
                     run and run.finish(1)
@@ -146,10 +158,11 @@ class Tracker:
     def _start(self, mode: str, about: dict[str, Any], sources: list[str]) -> None:
         import wandb
 
+        wandb.setup(wandb.Settings(silent=True))
         if mode == "auto":
             mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
         run_id = self._run_id()
-        quiet: dict[str, Any] = {"silent": True, "console": "off", "init_timeout": 30, "finish_timeout": 60}
+        quiet: dict[str, Any] = {"silent": True, "console": "off", **PATIENCE}
         if self.sweep:
             quiet["sweep_id"] = os.environ["WANDB_SWEEP_ID"]
         settings = wandb.Settings(**quiet, reinit="create_new")
@@ -164,22 +177,26 @@ class Tracker:
         except Exception as error:
             if mode != "online":
                 raise
-            text = (str(error) or type(error).__name__).splitlines()[0]
-            print(f"warning: Weights & Biases: {text}: recorded offline, for wandb sync", file=sys.stderr)
+            _warn(f"{_first_line(error)}: recorded offline, for wandb sync")
+            wandb.teardown()  # else the id is taken
             self.wandb_run = init("offline")
         self.logged = max(recorded, self.wandb_run.starting_step - 1)
         self.wandb_run.define_metric("epoch", hidden=True)
         self.wandb_run.define_metric("*", step_metric="epoch", step_sync=False)
         for source in sources:
-            if not ARTIFACT.fullmatch(source):
-                # Offline, `use_artifact` refuses; this is what it does itself with an artifact that is not logged yet.
-                # W&B knows one that it has by its content, so that the graph leads to the run that made it.
-                artifact = self._artifact(Path(source), read_result(Path(source)))
-                self.wandb_run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
-            elif self.wandb_run.offline:
-                print(f"warning: Weights & Biases: offline, {source} is not recorded as an input", file=sys.stderr)
-            else:
-                self.wandb_run.use_artifact(source)
+            try:
+                self._declare_input(source)
+            except Exception as error:
+                _warn(f"{source} is not recorded as an input: {_first_line(error)}")
+
+    def _declare_input(self, source: str) -> None:
+        if ARTIFACT.fullmatch(source):
+            self.wandb_run.use_artifact(source)
+        else:
+            # What `use_artifact` does itself with an artifact that is not logged yet, but for refusing offline. W&B
+            # knows by its content one that it has, so that the graph leads to the run that made it.
+            artifact = self._artifact(Path(source), read_result(Path(source)))
+            self.wandb_run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
 
     def _run_id(self) -> str:
         if self.sweep:
@@ -190,11 +207,12 @@ class Tracker:
             file.write_text(secrets.token_hex(4))
         return file.read_text().strip()
 
-    def _log(self, history: list[dict[str, float]], metrics: CalibrationMetrics | None) -> None:
+    def _log(self, history: list[dict[str, float]], speed: float | None, metrics: CalibrationMetrics | None) -> None:
         for line in history[self.logged :]:
             values = {metric_name(column): value for column, value in line.items() if column != "seconds"}
-            if metrics and line is history[-1]:
-                values |= _charts(metrics, int(line["epoch"]))
+            if line is history[-1]:
+                values |= {"images_per_second": speed} if speed else {}
+                values |= _charts(metrics, int(line["epoch"])) if metrics else {}
             self.wandb_run.log(values, step=int(line["epoch"]), commit=True)
         self.logged = max(self.logged, len(history))
         best = max(history, key=lambda line: line["accuracy"])
@@ -273,23 +291,36 @@ def fetch_artifact(name: str, folder: Path) -> Path:
         with atomic_write(path / "result.json") as file:
             file.write(json.dumps(artifact.metadata, indent=2).encode())
     except (wandb.Error, OSError, ValueError) as error:
-        text = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{name} cannot be fetched from Weights & Biases: {text}") from None
+        raise UserError(f"{name} cannot be fetched from Weights & Biases: {_first_line(error)}") from None
     return path
 
 
 def offline_epochs(folder: Path, run_id: str) -> int:
     """The last epoch in the records that offline processes of a run have left in its folder; 0 if there are none.
 
-    `wandb sync` sends them one after the other, as they are: what is in one of them must not be in another.
+    `wandb sync` sends them one after the other, as they are: what is in one of them must not be in another. It stops at
+    one whose end is torn off, as by a power cut; that is renamed, and its epochs are logged anew.
     """
+    from wandb.util import get_core_path
+
     epochs = [0]
     for file in folder.glob(f"wandb/offline-run-*-{run_id}/*.wandb"):
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-        lines = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout.splitlines()
-        records = [json.loads(line) for line in lines if '"history"' in line]
+        command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", str(file)]
+        reader = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        if "incomplete" in reader.stderr:
+            file.rename(file.with_suffix(".torn"))
+            continue
+        records = [json.loads(line) for line in reader.stdout.splitlines() if '"history"' in line]
         epochs += [record["history"]["item"].get("epoch", 0) for record in records if record["type"] == "history"]
     return int(max(epochs))
+
+
+def _warn(text: str) -> None:
+    print(f"warning: Weights & Biases: {text}", file=sys.stderr)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""As much of a W&B server as a run, `wandb sync` and an agent talk to, on this machine, with a record of what it got."""
+"""As much of a W&B server as a run, `wandb sync` and an agent talk to, with a record of what it got."""
 
 import gzip
 import json
@@ -98,7 +98,8 @@ class Handler(BaseHTTPRequestHandler):
         answer = {}
         if self.server.status == 200 and self.path == "/graphql":
             request = json.loads(body)
-            answer = {"data": self.server.answer(request["query"], request.get("variables") or {})}
+            data = self.server.answer(request["query"], request.get("variables") or {})
+            answer = {"data": data} if data else {"data": None, "errors": [{"message": "not on this server"}]}
         elif self.server.status == 200 and self.path.endswith("/file_stream"):
             self.server.stream(self.path.split("/")[-2], json.loads(body))
         content = json.dumps(answer).encode()
