@@ -76,7 +76,8 @@ class Tracker:
         if mode != "disabled" and os.environ.get("RANK", "0") == "0":
             self._thread = ThreadPoolExecutor(1, "wandb")
             project = project or os.environ.get("WANDB_PROJECT", PROJECT)
-            self._later(self._start, mode, {"project": project, **about}, list(sources), needs_run=False)
+            agent = {name: os.environ.get(name) for name in SWEEP} if sweep else {}
+            self._later(self._start, mode, {"project": project, **about}, list(sources), agent, needs_run=False)
 
     # What a run calls; of it, only what ends the run waits for W&B -----------------------------------------
 
@@ -155,21 +156,28 @@ class Tracker:
         self._thread.shutdown()
         self._thread = self.wandb_run = None
 
-    def _start(self, mode: str, about: dict[str, Any], sources: list[str]) -> None:
+    def _start(self, mode: str, about: dict[str, Any], sources: list[str], agent: dict[str, Any]) -> None:
+        with _hidden(SWEEP):  # else teachers that a run of a sweep trains on its way would be taken for that run
+            self._init(mode, about, agent)
+        for source in sources:
+            try:
+                self._declare_input(source)
+            except Exception as error:
+                _warn(f"{source} is not recorded as an input: {_first_line(error)}")
+
+    def _init(self, mode: str, about: dict[str, Any], agent: dict[str, Any]) -> None:
         import wandb
 
         wandb.setup(wandb.Settings(silent=True))
         if mode == "auto":
             mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
-        run_id = self._run_id()
+        run_id = agent.get("WANDB_RUN_ID") or self._run_id()
         quiet: dict[str, Any] = {"silent": True, "console": "off", **PATIENCE}
-        if self.sweep:
-            quiet["sweep_id"] = os.environ["WANDB_SWEEP_ID"]
+        quiet["sweep_id"] = agent.get("WANDB_SWEEP_ID")
         settings = wandb.Settings(**quiet, reinit="create_new")
 
         def init(mode: str):
-            with _hidden(SWEEP):  # from the teachers that a run of a sweep trains on its way
-                return wandb.init(id=run_id, resume="allow", mode=mode, dir=self.folder, settings=settings, **about)
+            return wandb.init(id=run_id, resume="allow", mode=mode, dir=self.folder, settings=settings, **about)
 
         recorded = offline_epochs(self.folder, run_id)
         try:
@@ -183,11 +191,6 @@ class Tracker:
         self.logged = max(recorded, self.wandb_run.starting_step - 1)
         self.wandb_run.define_metric("epoch", hidden=True)
         self.wandb_run.define_metric("*", step_metric="epoch", step_sync=False)
-        for source in sources:
-            try:
-                self._declare_input(source)
-            except Exception as error:
-                _warn(f"{source} is not recorded as an input: {_first_line(error)}")
 
     def _declare_input(self, source: str) -> None:
         if ARTIFACT.fullmatch(source):
@@ -199,8 +202,6 @@ class Tracker:
             self.wandb_run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
 
     def _run_id(self) -> str:
-        if self.sweep:
-            return os.environ["WANDB_RUN_ID"]
         file = self.folder / "wandb" / "run-id"
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -335,8 +336,9 @@ def _hidden(names: Sequence[str]) -> Iterator[None]:
 
 def _charts(metrics: CalibrationMetrics, epoch: int | None) -> dict[str, Any]:
     """The calibration of an epoch: a curve that W&B overlays over runs, the reliability diagram, a histogram."""
-    import wandb
     from PIL import Image
+
+    import wandb
 
     count, accuracy, confidence = (values.tolist() for values in metrics.merged(20))
     filled = [i for i, n in enumerate(count) if n]

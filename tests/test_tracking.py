@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import wandb
 from conftest import ROOT, run_row
 from test_run import THREE_STEPS, Killed, kill_in_epoch
 from wandb.util import get_core_path
@@ -23,6 +22,7 @@ from wandb_server import serve
 
 import common
 import tracking
+import wandb
 from calibration import calibration_metrics
 from run_files import UserError
 from tracking import Tracker
@@ -45,6 +45,7 @@ def no_account(monkeypatch, tmp_path):
 
 def records(folder: Path) -> list[dict]:
     """All records that the processes of a run have written, in order, read by wandb's own reader."""
+    wandb.teardown()  # only then it is all on the disk
     lines = []
     for file in sorted(folder.glob("wandb/*run-*/*.wandb")):
         command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", str(file)]
@@ -149,7 +150,8 @@ def test_an_offline_run_holds_everything(tmp_path):
     row = rows(theirs)[0]
     assert row["train/loss"] == pytest.approx(row["train/task_loss"] + 12 * row["train/jsd_loss"], rel=1e-5)
 
-    _, untracked = run_row("kd_augmix", tmp_path / "untracked", wandb_mode="disabled", **settings)
+    settings |= dict(wandb_mode="disabled", teacher=str(teacher))
+    _, untracked = run_row("kd_augmix", tmp_path / "untracked", **settings)
     for name in ("model.safetensors", "probabilities.npz"):
         assert (untracked / name).read_bytes() == (path / name).read_bytes(), "tracking changes the numbers"
     assert not (untracked / "wandb").exists()
@@ -162,6 +164,7 @@ def test_a_resumed_offline_run_is_one_run(tmp_path, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             kill_in_epoch(patch, epoch)
             run_row("student_baseline", tmp_path, **THREE_STEPS)
+        wandb.teardown()
         if epoch == 3:
             (first,) = tmp_path.rglob("*.wandb")
             content = first.read_bytes()

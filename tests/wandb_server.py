@@ -15,6 +15,7 @@ class Server(ThreadingHTTPServer):
     Attributes:
         runs: id -> `history` (rows), `summary`, `config`, and what the run was created with.
         artifacts: name -> what it was created with; `used`: (run, artifact), the inputs.
+        sweep: the configuration of the only one; `commands`: what an agent is told, one after the other.
         queries: the GraphQL operations with their variables, in order.
         delay: seconds before each answer; `status`: the HTTP status of every answer.
     """
@@ -25,6 +26,8 @@ class Server(ThreadingHTTPServer):
         self.runs: dict[str, dict] = {}
         self.artifacts: dict[str, dict] = {}
         self.used: list[tuple[str, str]] = []
+        self.sweep = ""
+        self.commands: list[dict] = []
         self.queries: list[tuple[str, dict]] = []
         self.delay, self.status = 0.0, 200
 
@@ -65,6 +68,20 @@ class Server(ThreadingHTTPServer):
             self.artifacts[name] = v["input"]
             sequence = {"latestArtifact": None}
             return {"createArtifact": {"artifact": {"id": name, "state": "COMMITTED", "artifactSequence": sequence}}}
+        if operation == "UpsertSweep":
+            self.sweep = v["config"]
+            project = {"id": "p", "name": v["projectName"], "entity": {"id": "e", "name": "me"}}
+            return {"upsertSweep": {"sweep": {"name": "swp", "project": project}, "configValidationWarnings": []}}
+        if operation == "SweepWithRuns":
+            sweep = {"id": "swp", "name": "swp", "config": self.sweep, "runs": {"edges": []}}
+            return {"project": {"sweep": sweep}}
+        if operation == "CreateAgent":
+            return {"createAgent": {"agent": {"id": "agent"}}}
+        if operation == "Heartbeat":
+            commands = []
+            if not json.loads(v["runState"] or "{}"):
+                commands = [self.commands.pop(0) if self.commands else {"type": "exit"}]
+            return {"agentHeartbeat": {"agent": {"id": "agent"}, "commands": json.dumps(commands)}}
         if operation == "UseArtifact":
             self.used.append((v["input"]["runName"], v["input"]["artifactID"]))
             return {"useArtifact": {"artifact": {"id": v["input"]["artifactID"]}}}
