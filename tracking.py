@@ -4,6 +4,7 @@ A thread of its own talks to W&B, in the order of the calls, so that neither a s
 keeps a device waiting. Whatever goes wrong there costs a warning and the rest of the notes, never the run.
 """
 
+import csv
 import io
 import json
 import os
@@ -20,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from calibration import CalibrationMetrics, calibration_metrics, reliability_diagram
-from run_files import UserError, atomic_write, read_result, variant
+from command_line import EXIT_CODES, Interrupted
+from run_files import UserError, atomic_write, load_probabilities, read_result, variant
 
 PROJECT = "calibrated-distillation"
 TEST_METRICS = ("accuracy", "ece", "oe", "nll", "brier")
@@ -84,10 +86,12 @@ class Tracker:
     def __enter__(self) -> "Tracker":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        """End the run as failed if there was an error; without one it goes on."""
-        if kind and self._thread:
-            self._close(130 if kind is KeyboardInterrupt else 1)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: Any) -> None:
+        """End the run, as preempted or as failed, if it is broken off; else it goes on."""
+        if isinstance(error, Interrupted):
+            self.preempted(error.exit_code)
+        elif error and self._thread:
+            self._close(1)
 
     def log(
         self, history: Sequence[dict[str, float]], images_per_second: float | None = None,
@@ -127,13 +131,21 @@ class Tracker:
     def preempted(self, exit_code: int) -> None:
         """End a run that is stopped from outside and will go on, by the same command, under the same id.
 
-        W&B is told that it was preempted, but for a run of a sweep: there the agent stops runs too, and W&B would queue
-        them again.
+        W&B is told that it was preempted, but not of a person's Ctrl-C, nor in a sweep: there it stops runs itself, as
+        Hyperband has it, and would queue them again.
         """
         if self._thread:
-            if not self.sweep:
+            if not self.sweep and exit_code != EXIT_CODES["SIGINT"]:
                 self._later(lambda: self.wandb_run.mark_preempting())
             self._close(exit_code)
+
+    def report(self, result: dict[str, Any]) -> None:
+        """Log a run that was finished before, from its folder."""
+        file = self.folder / "history.csv"
+        if file.is_file():  # an ensemble has none
+            with file.open(newline="") as lines:
+                self.log([{name: float(value) for name, value in line.items()} for line in csv.DictReader(lines)])
+        self.finish(result, result["classes"])
 
     # In the thread ----------------------------------------------------------------------------------------
 
@@ -223,8 +235,8 @@ class Tracker:
     def _finish(self, result: dict[str, Any], classes: list[str], images: Any) -> None:
         import wandb
 
-        with np.load(self.folder / "probabilities.npz") as arrays:
-            probabilities, labels = arrays["last"], arrays["labels"]
+        arrays = load_probabilities(self.folder / "probabilities.npz")
+        probabilities, labels = arrays["last"], arrays["labels"]
         prediction, confidence = probabilities.argmax(1), probabilities.max(1)
         correct = prediction == labels
         names, step = np.array(classes, object), (result["last"]["epoch"] or 0) + 1

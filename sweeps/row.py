@@ -7,6 +7,7 @@ import argparse
 import sys
 
 import common
+from command_line import EXIT_CODES
 from run_files import UserError
 
 
@@ -22,7 +23,7 @@ def main() -> None:
         common.cli(recipe)
     except SystemExit as stop:
         # A run that is ended early, as by Hyperband, has not failed; an agent that counts too many failures stops.
-        sys.exit(0 if isinstance(stop.code, int) and stop.code >= 128 else stop.code)
+        sys.exit(0 if stop.code in EXIT_CODES.values() else stop.code)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, run_row
-from test_run import THREE_STEPS, Killed, kill_in_epoch
+from conftest import ROOT, THREE_STEPS, Killed, in_epoch, run_row
 from wandb.util import get_core_path
 from wandb_server import serve
 
@@ -162,7 +161,7 @@ def test_a_resumed_offline_run_is_one_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     for epoch in (3, 1):
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            kill_in_epoch(patch, epoch)
+            in_epoch(patch, epoch)
             run_row("student_baseline", tmp_path, **THREE_STEPS)
         wandb.teardown()
         if epoch == 3:
