@@ -293,8 +293,7 @@ def fetch_artifact(name: str, folder: Path) -> Path:
     import wandb
 
     try:
-        if not wandb.login(prompt=False, verify=False):
-            raise UserError(f"{name} is in Weights & Biases: log in first, with wandb login")
+        log_in(name)
         artifact = wandb.Api(timeout=30).artifact(name)
         path = folder / artifact.qualified_name.replace("/", "-").replace(":", "-")
         entries = artifact.manifest.entries
@@ -306,6 +305,20 @@ def fetch_artifact(name: str, folder: Path) -> Path:
     except (wandb.Error, OSError, ValueError) as error:
         raise UserError(f"{name} cannot be fetched from Weights & Biases: {_first_line(error)}") from None
     return path
+
+
+def log_in(what: str) -> None:
+    """Make sure that W&B can be asked.
+
+    Raises:
+        UserError: no key is configured, or WANDB_MODE forbids it; it begins with `what` needs that.
+    """
+    import wandb
+
+    if not wandb.login(prompt=False, verify=False):
+        mode = os.environ.get("WANDB_MODE")
+        advice = f"WANDB_MODE={mode} keeps it away" if mode else "log in first, with wandb login"
+        raise UserError(f"{what} needs Weights & Biases: {advice}")
 
 
 def offline_epochs(folder: Path, run_id: str) -> int:

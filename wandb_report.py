@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import report
 from run_files import UserError
+from tracking import log_in
 
 if TYPE_CHECKING:
     from wandb_workspaces.reports.v2 import Report
@@ -96,10 +97,7 @@ def publish(target: str, protocol: str | None, rows: Sequence[report.Row]) -> st
     if not entity or not project or "/" in project:
         raise UserError(f"--wandb takes entity/project, not {target}")
     draft = build(entity, project, report.readme_block(protocol, rows))
-    import wandb
-
-    if not wandb.login(prompt=False, verify=False):
-        raise UserError("--wandb needs an account: log in first, with wandb login")
+    log_in(f"--wandb {target}")
     try:
         return draft.save().url
     except Exception as error:  # of many kinds, by what W&B or the way to it lacks

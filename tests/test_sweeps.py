@@ -80,6 +80,7 @@ def test_an_agents_words_are_understood():
         read("student_baseline", {"milestones": ["x"]})
 
 
+@pytest.mark.slow
 def test_an_agent_runs_two_settings(tmp_path):
     """`wandb sweep` and `wandb agent` themselves, with a server of ours. The second run is finished already, by the
     first, and is reported all the same; the teacher that is trained on the way is no run of the sweep."""

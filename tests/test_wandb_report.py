@@ -9,6 +9,7 @@ import yaml
 from conftest import ROOT, ROWS, run_row
 
 import report
+import wandb
 import wandb_report
 from run_files import UserError
 
@@ -30,7 +31,10 @@ def sent(monkeypatch) -> list[dict]:
     monkeypatch.setattr(interface, "get_app_url", lambda api: "https://wandb.example")
     monkeypatch.setattr(interface, "execute_graphql", execute)
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    return calls
+    monkeypatch.delenv("WANDB_MODE")
+    wandb.teardown()
+    yield calls
+    wandb.teardown()
 
 
 VIEW = json.dumps(
@@ -47,7 +51,7 @@ def panels(spec: dict, kind: str) -> list[dict]:
 
 
 def test_the_report_that_is_sent(sent, tmp_path, capsys):
-    run_row("student_baseline", tmp_path, protocol="quick", dataset="digits")
+    run_row("student_baseline", tmp_path, protocol="quick", dataset="digits", wandb_mode="disabled")
     (tmp_path / "README.md").write_text("\n".join(report.MARKERS))
     assert report.main(report.Config(results_dir=tmp_path, wandb="me/project", readme=tmp_path / "README.md")) == 0
     assert "report: https://wandb.example/me/project/reports/" in capsys.readouterr().out
