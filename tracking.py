@@ -51,7 +51,7 @@ def metric_name(column: str) -> str:
 class Tracker:
     """One run in Weights & Biases.
 
-    The run's id is kept in `<folder>/wandb/run-id`, so that a run that resumes continues there; in a sweep it is the
+    The run's id is kept in `<folder>/wandb/id`, so that a run that resumes continues there; in a sweep it is the
     agent's. An epoch is a W&B step, and is logged once: see `log`.
 
     Args:
@@ -169,7 +169,9 @@ class Tracker:
         self._thread = self.wandb_run = None
 
     def _start(self, mode: str, about: dict[str, Any], sources: list[str], agent: dict[str, Any]) -> None:
-        with _hidden(SWEEP):  # else teachers that a run of a sweep trains on its way would be taken for that run
+        # Else teachers that a run of a sweep trains on its way would be taken for that run, and a flag would not overrule
+        # WANDB_MODE.
+        with _hidden((*SWEEP, "WANDB_MODE")):
             self._init(mode, about, agent)
         for source in sources:
             try:
@@ -181,8 +183,10 @@ class Tracker:
         import wandb
 
         wandb.setup(wandb.Settings(silent=True))
-        if mode == "auto":
-            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+        if mode in ("auto", "online"):  # asked for here, since `wandb.init` would prompt for a key
+            if not (key := wandb.login(prompt=False, verify=False)) and mode == "online":
+                _warn("no key is configured (wandb login): recorded offline, for wandb sync")
+            mode = "online" if key else "offline"
         run_id = agent.get("WANDB_RUN_ID") or self._run_id()
         quiet: dict[str, Any] = {"silent": True, "console": "off", **PATIENCE}
         quiet["sweep_id"] = agent.get("WANDB_SWEEP_ID")
@@ -214,7 +218,7 @@ class Tracker:
             self.wandb_run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
 
     def _run_id(self) -> str:
-        file = self.folder / "wandb" / "run-id"
+        file = self.folder / "wandb" / "id"
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(secrets.token_hex(4))

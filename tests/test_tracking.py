@@ -170,7 +170,7 @@ def test_a_resumed_offline_run_is_one_run(tmp_path, monkeypatch):
     _, path = run_row("student_baseline", tmp_path, **THREE_STEPS)
     files = sorted(path.glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 2 and len({file.name for file in files}) == 1 and first.with_suffix(".torn").is_file()
-    assert files[0].name == f"run-{(path / 'wandb' / 'run-id').read_text()}.wandb"
+    assert files[0].name == f"run-{(path / 'wandb' / 'id').read_text()}.wandb"
     found = records(path)
     assert [row["epoch"] for row in rows(found)] == [1, 2, 3]
     with (path / "history.csv").open() as file:
@@ -260,7 +260,8 @@ def test_nowhere_to_write_costs_a_warning(tmp_path, monkeypatch, capsys):
     ("key", "variable", "flag", "mode"),
     [
         (False, None, "auto", "offline"), (True, None, "auto", "online"), (True, "offline", "auto", "offline"),
-        (False, "online", "auto", "online"), (False, "online", "offline", "offline"),
+        (False, "online", "auto", "offline"), (True, "online", "offline", "offline"),
+        (True, "offline", "online", "online"), (False, None, "online", "offline"), (True, "online", "auto", "online"),
         (True, "disabled", "auto", None), (False, "disabled", "offline", "offline"), (True, None, "disabled", None),
     ],
 )  # fmt: skip
