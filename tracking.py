@@ -22,7 +22,7 @@ import numpy as np
 
 from calibration import CalibrationMetrics, calibration_metrics, reliability_diagram
 from command_line import EXIT_CODES, Interrupted
-from run_files import UserError, atomic_write, load_probabilities, read_result, variant
+from run_files import HALF, UserError, atomic_write, load_probabilities, read_result, variant
 
 PROJECT = "calibrated-distillation"
 TEST_METRICS = ("accuracy", "ece", "oe", "nll", "brier")
@@ -169,8 +169,8 @@ class Tracker:
         self._thread = self.wandb_run = None
 
     def _start(self, mode: str, about: dict[str, Any], sources: list[str], agent: dict[str, Any]) -> None:
-        # Else teachers that a run of a sweep trains on its way would be taken for that run, and a flag would not overrule
-        # WANDB_MODE.
+        # Else teachers that a run of a sweep trains on its way would be taken for that run, and --wandb-mode would yield
+        # to WANDB_MODE.
         with _hidden((*SWEEP, "WANDB_MODE")):
             self._init(mode, about, agent)
         for source in sources:
@@ -268,16 +268,12 @@ class Tracker:
         """A finished run's folder as an artifact: what a distillation or an ensemble needs of it."""
         import wandb
 
-        kind = "model" if (folder / "model.safetensors").is_file() else "ensemble"
-        artifact = wandb.Artifact(artifact_name(result), kind, metadata=result)
-        for name in ARTIFACT_FILES:
-            if (folder / name).is_file():
-                artifact.add_file(str(folder / name), policy="immutable")  # not copied first
+        artifact = wandb.Artifact(artifact_name(result), "model" if result["model"] else "ensemble", metadata=result)
+        for name, half in HALF.items():  # not result.json, which may be computed anew: the model stays the same version
+            file = next(filter(Path.is_file, (folder / name, folder / half)), None)
+            if file:
+                artifact.add_file(str(file), policy="immutable")  # not copied first
         return artifact
-
-
-# Not `result.json`, which is the metadata: metrics may be computed anew, and the model stays the same version.
-ARTIFACT_FILES = ("model.safetensors", "probabilities.npz")
 
 
 def artifact_name(result: dict[str, Any]) -> str:
@@ -301,7 +297,7 @@ def fetch_artifact(name: str, folder: Path) -> Path:
         artifact = wandb.Api(timeout=30).artifact(name)
         path = folder / artifact.qualified_name.replace("/", "-").replace(":", "-")
         entries = artifact.manifest.entries
-        for file in ARTIFACT_FILES:  # nothing else in there is looked at
+        for file in HALF:  # nothing else in there is looked at
             if file in entries:
                 entries[file].download(str(path))
         with atomic_write(path / "result.json") as file:
