@@ -144,7 +144,7 @@ def reliability(rows: "Sequence[Row]") -> Figure:
 
 def curves(rows: "Sequence[Row]") -> Figure:
     """Accuracy over confidence in 20 bins, all rows in one panel: what W&B overlays from the table of bins."""
-    figure = Figure(figsize=(4.2, 3.4), layout="constrained")
+    figure = Figure(figsize=(4.0, 4.2), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle=":", label="perfect calibration")
     for i, row in enumerate(rows):
@@ -153,10 +153,9 @@ def curves(rows: "Sequence[Row]") -> Figure:
         style = {"marker": "os^Dvx"[i % 6], "color": COLORS[i % 6], "linestyle": LINES[i % 6]}
         label = f"{row.row}, ECE {_mean_sd(row, 'ece')}"
         x, y = confident[filled] / count[filled], correct[filled] / count[filled]
-        axes.plot(x, y, **style, markersize=3, label=label)
+        axes.plot(x, y, **style, markersize=3, label=label, clip_on=False)
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="Confidence", ylabel="Accuracy", aspect="equal")
-    axes.set_anchor("W")
-    figure.legend(loc="outside right upper", alignment="left")
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 

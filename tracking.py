@@ -169,8 +169,7 @@ class Tracker:
         self._thread = self.wandb_run = None
 
     def _start(self, mode: str, about: dict[str, Any], sources: list[str], agent: dict[str, Any]) -> None:
-        # Else teachers that a run of a sweep trains on its way would be taken for that run, and --wandb-mode would yield
-        # to WANDB_MODE.
+        # Else teachers that a run of a sweep trains on its way would be taken for it, and WANDB_MODE for --wandb-mode.
         with _hidden((*SWEEP, "WANDB_MODE")):
             self._init(mode, about, agent)
         for source in sources:
@@ -315,7 +314,9 @@ def log_in(what: str) -> None:
     """
     import wandb
 
-    if not wandb.login(prompt=False, verify=False):
+    with _hidden(SWEEP):
+        known = wandb.login(prompt=False, verify=False)
+    if not known:
         mode = os.environ.get("WANDB_MODE")
         advice = f"WANDB_MODE={mode} keeps it away" if mode else "log in first, with wandb login"
         raise UserError(f"{what} needs Weights & Biases: {advice}")
@@ -332,8 +333,8 @@ def offline_epochs(folder: Path, run_id: str) -> int:
     epochs = [0]
     for file in folder.glob(f"wandb/offline-run-*-{run_id}/*.wandb"):
         command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", str(file)]
-        reader = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-        if "incomplete" in reader.stderr:
+        reader = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        if reader.returncode or "incomplete" in reader.stderr:
             file.rename(file.with_suffix(".torn"))
             continue
         records = [json.loads(line) for line in reader.stdout.splitlines() if '"history"' in line]
@@ -361,9 +362,8 @@ def _hidden(names: Sequence[str]) -> Iterator[None]:
 
 def _charts(metrics: CalibrationMetrics, epoch: int | None) -> dict[str, Any]:
     """The calibration of an epoch: a curve that W&B overlays over runs, the reliability diagram, a histogram."""
-    from PIL import Image
-
     import wandb
+    from PIL import Image
 
     count, accuracy, confidence = (values.tolist() for values in metrics.merged(20))
     filled = [i for i, n in enumerate(count) if n]

@@ -14,13 +14,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import wandb
 from conftest import ROOT, THREE_STEPS, Killed, in_epoch, run_row
 from wandb.util import get_core_path
 from wandb_server import serve
 
 import common
 import tracking
-import wandb
 from calibration import calibration_metrics
 from run_files import UserError
 from tracking import Tracker

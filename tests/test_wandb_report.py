@@ -5,11 +5,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import wandb
 import yaml
 from conftest import ROOT, ROWS, run_row
 
 import report
-import wandb
 import wandb_report
 from run_files import UserError
 
