@@ -187,7 +187,7 @@ class Tracker:
                 _warn("no key is configured (wandb login): recorded offline, for wandb sync")
             mode = "online" if key else "offline"
         run_id = agent.get("WANDB_RUN_ID") or self._run_id()
-        quiet: dict[str, Any] = {"silent": True, "console": "off", **PATIENCE}
+        quiet: dict[str, Any] = {"silent": True, "console": "off", "finish_timeout_raises": True, **PATIENCE}
         quiet["sweep_id"] = agent.get("WANDB_SWEEP_ID")
         settings = wandb.Settings(**quiet, reinit="create_new")
 

@@ -27,7 +27,7 @@ def build(entity: str, project: str, table: str) -> "Report":
     try:
         import wandb_workspaces.reports.v2 as wr
     except ImportError:
-        raise UserError("--wandb needs wandb-workspaces: uv run --extra wandb-report report.py --wandb ...") from None
+        raise UserError("--wandb needs wandb-workspaces: uv sync --extra wandb-report installs it") from None
     from wandb_workspaces.expr import Config, Metric
 
     def runs(**names: str) -> list[wr.Runset]:

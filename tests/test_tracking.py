@@ -36,6 +36,7 @@ def no_account(monkeypatch, tmp_path):
         monkeypatch.setenv(name, str(tmp_path / "wandb-own"))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")  # nobody listens there
     wandb.teardown()
     yield
     wandb.teardown()
@@ -76,7 +77,7 @@ def predictions(n: int = 40, classes: int = 4) -> tuple[torch.Tensor, torch.Tens
 
 
 def test_an_offline_run_holds_everything(tmp_path):
-    settings = dict(epochs=2, wandb_charts=1, wandb_thumbnails=True)
+    settings = dict(epochs=2, train_size=32, wandb_charts=1, wandb_thumbnails=True)
     result, path = run_row("kd_augmix", tmp_path, wandb_mode="offline", **settings)
     found = records(path)
 
@@ -233,7 +234,7 @@ def test_a_server_in_trouble_costs_a_warning(tmp_path, monkeypatch, capsys, trou
     assert list(tmp_path.glob("wandb/offline-run-*"))
 
 
-def test_a_server_that_goes_away_costs_no_training(tmp_path, monkeypatch, server):
+def test_a_server_that_goes_away_costs_no_training(tmp_path, monkeypatch, server, capsys):
     monkeypatch.setattr(tracking, "PATIENCE", {"init_timeout": 10, "finish_timeout": 2})
     tracker = Tracker(tmp_path, epochs=2)
     tracker.log([line(1)])
@@ -244,6 +245,7 @@ def test_a_server_that_goes_away_costs_no_training(tmp_path, monkeypatch, server
     assert time.perf_counter() - started < 0.5
     tracker._close(0)
     assert time.perf_counter() - started < 15
+    assert "warning: Weights & Biases: not tracked any more: " in capsys.readouterr().err
     assert [row["epoch"] for row in rows(records(tmp_path))] == [1, 2]  # on the disk, for wandb sync
 
 
@@ -352,7 +354,7 @@ class FakeApi:
         return self
 
     def artifact(self, name: str):
-        if "teacher" not in name:
+        if "other" in name:
             raise wandb.errors.CommError("artifact not found")
 
         def entry(file: Path):
@@ -365,10 +367,10 @@ class FakeApi:
 
 
 def test_a_teacher_from_wandb(tmp_path, monkeypatch, image_folder):
-    local, teacher = run_row("kd_vanilla", tmp_path / "there", wandb_mode="disabled")
-    teacher = Path(local["sources"][0])
+    _, teacher = run_row("student_baseline", tmp_path / "there", wandb_mode="disabled")
+    local, _ = run_row("kd_vanilla", tmp_path / "there", teacher=str(teacher), wandb_mode="disabled")
     monkeypatch.setattr(wandb, "Api", FakeApi(teacher))
-    name = "me/calibrated-distillation/teacher_baseline-smoke-s0:latest"
+    name = "me/calibrated-distillation/student_baseline-smoke-s0:latest"
     here = dict(wandb_mode="disabled")
     with pytest.raises(UserError, match="log in first, with wandb login"):
         run_row("kd_vanilla", tmp_path / "here", teacher=name, **here)
@@ -379,8 +381,8 @@ def test_a_teacher_from_wandb(tmp_path, monkeypatch, image_folder):
     assert cfg.teacher == name
     result, _ = run_row("kd_vanilla", tmp_path / "here", teacher=cfg.teacher, **here)
     assert result["last"] == local["last"] and result["sources"] == [name]
-    assert not list((tmp_path / "here").rglob("teacher_baseline"))
-    fetched = tmp_path / "here" / "artifacts" / "me-calibrated-distillation-teacher_baseline-smoke-s0-v3"
+    assert not list((tmp_path / "here").rglob("student_baseline"))
+    fetched = tmp_path / "here" / "artifacts" / "me-calibrated-distillation-student_baseline-smoke-s0-v3"
     assert {file.name for file in fetched.iterdir()} == {"model.safetensors", "result.json"}
 
     with pytest.raises(UserError, match="cannot be fetched from Weights & Biases: artifact not found"):
@@ -392,8 +394,8 @@ def test_a_teacher_from_wandb(tmp_path, monkeypatch, image_folder):
     (teacher / "result.json").write_text(json.dumps({**changed, "model": "no_such_model"}))
     with pytest.raises(UserError, match="of a model that timm does not know here: no_such_model"):
         run_row("kd_vanilla", tmp_path / "there", teacher=name, **here)
-    (teacher / "result.json").write_text(json.dumps({**changed, "model": "shufflenet_v1"}))
-    with pytest.raises(UserError, match=r"model\.safetensors does not fit shufflenet_v1"):
+    (teacher / "result.json").write_text(json.dumps({**changed, "model": "wrn_40_2"}))
+    with pytest.raises(UserError, match=r"model\.safetensors does not fit wrn_40_2"):
         run_row("kd_vanilla", tmp_path / "there", teacher=name, **here)
 
 

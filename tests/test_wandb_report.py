@@ -32,6 +32,7 @@ def sent(monkeypatch) -> list[dict]:
     monkeypatch.setattr(interface, "execute_graphql", execute)
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")  # nobody listens there
     wandb.teardown()
     yield calls
     wandb.teardown()
