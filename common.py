@@ -132,7 +132,7 @@ PROTOCOLS = {
     "paper": Protocol(500, (150, 180, 210), "cifar100"),
     "short": Protocol(240, (150, 180, 210), "cifar100"),
     "quick": Protocol(30, (19, 23, 27), "cifar100"),
-    "smoke": Protocol(8, (5, 6, 7), "digits"),
+    "smoke": Protocol(4, (3,), "digits"),
 }
 
 # A type's bound, in words and as a test; `resolve` holds every setting to it.
@@ -151,7 +151,7 @@ class Config:
     """Settings that a row hands on to the rows it builds upon."""
 
     protocol: Literal["paper", "short", "quick", "smoke"] = "paper"
-    """how long to train: paper is 500 epochs, short 240, quick 30; smoke is 8 on the bundled digits"""
+    """how long to train: paper is 500 epochs, short 240, quick 30; smoke is 4 on the bundled digits"""
     epochs: Count | None = None
     """epochs, if not the protocol's; its milestones then keep their place in proportion"""
     milestones: tuple[Count, ...] | None = None
