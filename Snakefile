@@ -9,8 +9,10 @@ recipe: the fields `teacher`, `teachers` and `members` of its settings are asked
 
 import re
 import shlex
+import signal
 import sys
 
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a cluster's warning is for the run, not for the Snakemake around it
 sys.path.insert(0, workflow.basedir)
 
 import common
