@@ -1,8 +1,11 @@
-"""The command line, the same for recipes and tools: one flag a setting, and errors in one line."""
+"""The command line, the same for recipes and tools: one flag a setting, errors in one line, and an orderly end when the
+operating system asks for it."""
 
 import re
-from collections.abc import Sequence
-from contextlib import redirect_stderr
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from typing import TypeVar
 
@@ -11,6 +14,18 @@ import tyro
 from run_files import UserError
 
 Settings = TypeVar("Settings")
+
+# Signals that end a run, and its exit code: 128 + signal as shells have it, but for the warning a batch system sends
+# before it takes the machine away (Slurm's --signal=USR1), which is "try again later" (EX_TEMPFAIL).
+EXIT_CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 75}
+
+
+class Interrupted(BaseException):
+    """A signal that ends the run. Like KeyboardInterrupt, it is no error that `except Exception` should see."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.exit_code = EXIT_CODES[name]
 
 
 def parse(config: type[Settings], description: str | None = None, args: Sequence[str] | None = None) -> Settings:
@@ -31,3 +46,32 @@ def parse(config: type[Settings], description: str | None = None, args: Sequence
         text = re.split("Got errors:|Argument helptext:|For full helptext", text)[0]
         text = re.sub(r"[─-]{9,} Perhaps you meant: (\S+).*", r"(did you mean \1?)", text)
         raise UserError(text.strip("─- ")) from None
+
+
+@contextmanager
+def orderly_end(advice: str = "") -> Iterator[None]:
+    """Turn what ends the body early into one line and an exit code: 2 for a `UserError`, 74 (EX_IOERR) for a disk or
+    folder that fails, `EXIT_CODES` for signals, after which `advice` says what to do. A second signal kills."""
+    numbers = {getattr(signal, name): name for name in EXIT_CODES if hasattr(signal, name)}
+
+    def interrupt(number: int, frame: object) -> None:
+        for other in numbers:
+            signal.signal(other, signal.SIG_DFL)
+        raise Interrupted(numbers[number])
+
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}; what was finished before is intact", file=sys.stderr)
+        sys.exit(74)
+    except Interrupted as stop:
+        print(f"\nstopped by {stop}{advice}", file=sys.stderr)
+        sys.exit(stop.exit_code)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -3,11 +3,11 @@
 A recipe (`recipes/<row>.py`) says what is trained and on what objective. This module knows how: it puts the images on
 the device, augments whole batches there, trains, evaluates after every epoch, and leaves a folder of results that the
 same command resumes, reprints or builds upon. Parts with a life of their own are modules beside it, named for what they
-are: `cifar_models`, `image_data`, `augmentation`, `training`, `calibration`, `tracking`, `run_files`, `command_line`.
+are: `cifar_models`, `image_data`, `augmentation`, `training`, `calibration`, `tracking`, `checkpoint`, `run_files`,
+`command_line`.
 """
 
 import bisect
-import csv
 import dataclasses
 import functools
 import hashlib
@@ -24,13 +24,12 @@ import sys
 import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
@@ -41,12 +40,24 @@ from torch.fx.experimental.optimization import fuse
 from torch.fx.proxy import TraceError
 from tqdm import tqdm
 
+import checkpoint
 import cifar_models  # noqa: F401 registers its models with timm
 from augmentation import AugMix, CutOut, Mix, Standard, normalize  # noqa: F401 recipes use them as common.Mix
 from calibration import calibration_metrics, reliability_diagram, scores_of_run
-from command_line import parse
+from command_line import Interrupted, orderly_end, parse
 from image_data import Dataset, load_dataset
-from run_files import UserError, atomic_write, read_published, read_result, save_weights
+from run_files import (
+    UserError,
+    alone,
+    atomic_write,
+    load_probabilities,
+    load_weights,
+    read_published,
+    read_result,
+    save_weights,
+    sha256,
+    write_csv,
+)
 from tracking import Tracker
 from training import Compile, Precision, Trainer
 
@@ -128,6 +139,9 @@ class Protocol(typing.NamedTuple):
     dataset: str
 
 
+# What later runs and reports build upon: `result.json` has the SHA-256 of each.
+NEEDED_LATER = ("model.safetensors", "best.safetensors", "selected.safetensors", "probabilities.npz")
+
 PROTOCOLS = {
     "paper": Protocol(500, (150, 180, 210), "cifar100"),
     "short": Protocol(240, (150, 180, 210), "cifar100"),
@@ -140,7 +154,8 @@ Positive = typing.Annotated[float, "greater than 0", lambda v: 0 < v < math.inf]
 NonNegative = typing.Annotated[float, "0 or more", lambda v: 0 <= v < math.inf]
 Count = typing.Annotated[int, "1 or more", lambda v: v >= 1]
 Seed = typing.Annotated[int, "0 or more", lambda v: v >= 0]
-BatchSize = typing.Annotated[int, "2 or more", lambda v: v >= 2]  # batch norm and mixing need two
+BatchSize = typing.Annotated[int, "2 or more", lambda v: v >= 2]  # batch norm needs two
+EvenBatchSize = typing.Annotated[int, "even and 2 or more", lambda v: v >= 2 and v % 2 == 0]  # mixing pairs images
 Fraction = typing.Annotated[float, "above 0 and at most 1", lambda v: 0 < v <= 1]
 Severity = typing.Annotated[float, "from 0.1 to 10", lambda v: 0.1 <= v <= 10]
 Pixels = typing.Annotated[int, "16 or more", lambda v: v >= 16]
@@ -194,10 +209,22 @@ class TrainConfig(Config):
     """mode of torch.compile; auto compiles where the run is long enough to win the minutes back"""
     precision: Precision = "auto"
     """of the models' arithmetic: auto is bf16 on a GPU and fp32 elsewhere; losses are fp32 always"""
+    deterministic: bool = False
+    """have a GPU give the same bits every time, as a CPU does; slower"""
 
 
 # Settings that leave a run the same run: where it happens, and what at most moves the last bits of its numbers.
-NOT_IDENTITY = {"protocol", "seed", "data_dir", "device", "results_dir", "wandb", "overwrite", "compile"}
+NOT_IDENTITY = {
+    "protocol",
+    "seed",
+    "data_dir",
+    "device",
+    "results_dir",
+    "wandb",
+    "overwrite",
+    "compile",
+    "deterministic",
+}
 
 
 def resolve(cfg: Config) -> Config:
@@ -218,13 +245,22 @@ def resolve(cfg: Config) -> Config:
         for text, holds in bounds(hint):
             for v in value if isinstance(value, tuple) else (value,):
                 if v is not None and not holds(v):
-                    raise UserError(f"--{name.replace('_', '-')} must be {text}, not {v}")
+                    raise UserError(f"{_flag(name)} must be {text}, not {v}")
+    weights = {name: value for name, value in vars(cfg).items() if name.endswith("_weight")}
+    if weights and not any(weights.values()):
+        raise UserError(f"{' and '.join(_flag(name) for name in weights)} must not all be 0")
     protocol = PROTOCOLS[cfg.protocol]
     epochs = cfg.epochs or protocol.epochs
+    if cfg.milestones and list(cfg.milestones) != sorted(m for m in cfg.milestones if m <= epochs):
+        raise UserError(f"--milestones must rise and end by epoch {epochs}, not {' '.join(map(str, cfg.milestones))}")
     in_proportion = tuple(math.ceil(m * epochs / protocol.epochs) for m in protocol.milestones)
     return dataclasses.replace(
         cfg, epochs=epochs, milestones=cfg.milestones or in_proportion, dataset=cfg.dataset or protocol.dataset
     )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def settings(cfg: Config) -> dict[str, Any]:
@@ -270,9 +306,7 @@ def _shared_dataset(
 def run_row(row: str, main: Callable, cfg: Config) -> dict[str, Any]:
     """Train or evaluate one row, unless it is finished. Returns what its `result.json` holds."""
     run = Run(row, cfg)
-    if cfg.overwrite:
-        run.forget()
-    if run.load_result() is None:
+    if cfg.overwrite or run.load_result() is None:
         main(run.cfg, run)
     return run.load_result()
 
@@ -310,11 +344,18 @@ class Run:
         text = json.dumps(self.changes, sort_keys=True)
         suffix = f"-{hashlib.sha256(text.encode()).hexdigest()[:8]}" if self.changes else ""
         self.path = cfg.results_dir / cfg.protocol / row / f"seed{cfg.seed}{suffix}"
+        for name, folder in (("data_dir", cfg.data_dir), ("results_dir", cfg.results_dir)):
+            existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+            if not existing.is_dir():
+                raise UserError(f"{_flag(name)} {folder}: {existing} is a file, and not a folder")
+        if self.cfg.dataset != "digits" and cfg.data_dir.resolve() in (cfg.results_dir / "_").resolve().parents:
+            raise UserError(f"--results-dir {cfg.results_dir} must not be inside --data-dir {cfg.data_dir}")
         if cfg.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch sees no GPU here; --device cpu goes without")
         self.device = torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
         self.model_name: str | None = None  # what is trained; an ensemble trains nothing
         self.sources: list[str] = []  # folders of the teachers or members
+        self.needed = "result.json"  # the file for want of which it is trained
 
     @functools.cached_property
     def data(self) -> Dataset:
@@ -344,47 +385,61 @@ class Run:
         Raises:
             UserError: no such row, or trained on other classes or images.
         """
-        return Teacher(*(self._load_model(self._finished(row, "model.safetensors")) for row in rows))
+        return Teacher(*(self._load_model(path) for path in self._finished(rows, "model.safetensors")))
 
     def fit(self, task: TrainingTask, augment: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
         """Train `task.trainable_module`, evaluating it after every epoch, and write the run's folder."""
-        cfg, trainer = self.cfg, self.trainer(task)
-        model, optimizer = trainer.model, trainer.optimizer
-        state = self._resume(model, optimizer)
+        n = len(self.data.train_labels)
+        if n < 2 or ("batch_size" in self.changes and self.cfg.batch_size > n):
+            raise UserError(f"--batch-size must be at most {n}, the number of training images, which must be 2 or more")
+        with self._turn() as mine:
+            if mine:
+                self._train(task, augment)
+
+    def ensemble(self, rows: Sequence[str], weights: Sequence[float]) -> None:
+        """Evaluate the weighted mean of the softmax outputs of finished rows: `best` of their best epochs, `last` of
+        their last, `selected` of those. Members that are not there yet are trained first, as `teacher` does."""
+        if len(rows) != len(weights) or sum(weights) <= 0:
+            raise UserError(f"--weights takes {len(rows)} numbers, one for each of --members, not all 0")
+        paths = self._finished(rows, "probabilities.npz")
+        with self._turn() as mine:
+            if mine:
+                self._average(paths, weights)
+
+    # How it is done --------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _turn(self) -> Iterator[bool]:
+        """Hold the run's folder against other processes. Whether there is still something to do: another one may have
+        finished the run while this one waited for it."""
+        with alone(self.path):
+            if self.cfg.overwrite:
+                shutil.rmtree(self.path, ignore_errors=True)
+            done = self.load_result() is not None and (self.path / self.needed).is_file()
+            yield not done
+            checkpoint.remove(self.path)
+
+    def _train(self, task: TrainingTask, augment: Callable) -> None:
+        cfg, trainer, n = self.cfg, self.trainer(task), len(self.data.train_labels)
+        model = trainer.model
+        state = self._resume(trainer)
         tracker = self._tracker(state["wandb_id"])
-        predictions, n = None, len(self.data.train_labels)
+        predictions = None
         if state["history"]:
             print(f"resuming after epoch {len(state['history'])} of {cfg.epochs}")
         bar = tqdm(total=cfg.epochs * n, initial=len(state["history"]) * n, unit="img", unit_scale=True, disable=None)
-        with bar:
-            for epoch in range(len(state["history"]) + 1, cfg.epochs + 1):
-                started = time.perf_counter()
-                lr = cfg.lr / 10 ** bisect.bisect_left(cfg.milestones, epoch)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                bar.set_description(f"epoch {epoch}/{cfg.epochs}")
-                loss = self.train_epoch(trainer, augment, epoch, bar)
-                trained = time.perf_counter()
-                if not math.isfinite(loss):
-                    raise UserError(f"the loss is {loss} in epoch {epoch} at learning rate {lr:g}: try a smaller --lr")
-                predictions, test, val = self._evaluate(model)
-                for name, scores in {"best": test, "selected": val}.items():
-                    if scores and (not state.get(name) or scores["accuracy"] > state[name]["accuracy"]):
-                        weights = {k: v.cpu().clone() for k, v in model.state_dict().items()}
-                        state[name] = {"epoch": epoch, "accuracy": scores["accuracy"], "model": weights, **predictions}
-                columns = {k: test[k] for k in ("accuracy", "ece", "oe", "nll")}
-                columns |= {f"val_{k}": val[k] for k in columns if val}
-                columns |= {"seconds": time.perf_counter() - started}
-                state["history"].append({"epoch": epoch, "lr": lr, "train_loss": loss, **columns})
-                state["train_seconds"] += trained - started
-                self._save(state, model, optimizer)
-                speed = n / (trained - started)
-                bar.write(
-                    f"epoch {epoch:3d}/{cfg.epochs}  lr {lr:<7.2g} loss {loss:<8.4g} accuracy {test['accuracy']:6.2%}  "
-                    f"ECE {test['ece']:.4f}  OE {test['oe']:.4f}  {speed:,.0f} images/s"
-                )
-                scores = {f"test/{k}": v for k, v in test.items()} | {f"val/{k}": v for k, v in val.items()}
-                tracker.log({"epoch": epoch, "lr": lr, "train/loss": loss, "images_per_second": speed, **scores})
+        try:
+            with bar:
+                for epoch in range(len(state["history"]) + 1, cfg.epochs + 1):
+                    predictions = self._epoch(trainer, augment, epoch, state, bar, tracker)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"{self.device} ran out of memory at --batch-size {cfg.batch_size}: try a smaller one, or fewer runs "
+                "at once; the same command goes on after the last finished epoch"
+            ) from None
+        except Interrupted as stop:
+            tracker.preempted(stop.exit_code)
+            raise
         if predictions is None:  # killed between the last epoch and its result
             predictions, _, _ = self._evaluate(model)
         choices = {"best": state["best"], "last": {"epoch": cfg.epochs, **predictions}}
@@ -395,19 +450,46 @@ class Run:
         save_weights(self.path / "best.safetensors", state["best"]["model"])
         speed = {"train_seconds": state["train_seconds"], "images_per_second": n * cfg.epochs / state["train_seconds"]}
         speed |= {"compile": trainer.compile, "precision": trainer.precision}
-        self._finish(choices, speed, tracker)
-        (self.path / "checkpoint.pt").unlink()
+        self._finish(choices, speed, tracker, state["origins"][:-1])
 
-    def ensemble(self, rows: Sequence[str], weights: Sequence[float]) -> None:
-        """Evaluate the weighted mean of the softmax outputs of finished rows: `best` of their best epochs, `last` of
-        their last, `selected` of those. Members that are not there yet are trained first, as `teacher` does."""
-        if len(rows) != len(weights) or sum(weights) <= 0:
-            raise UserError(f"--weights takes {len(rows)} numbers, one for each of --members, not all 0")
+    def _epoch(
+        self, trainer: Trainer, augment: Callable, epoch: int, state: dict[str, Any], bar: tqdm, tracker: Tracker
+    ) -> dict[str, Tensor]:
+        """Train for one epoch, evaluate, and put both into `state` and the checkpoint. Returns the predictions."""
+        cfg, started = self.cfg, time.perf_counter()
+        lr = cfg.lr / 10 ** bisect.bisect_left(cfg.milestones, epoch)
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = lr
+        bar.set_description(f"epoch {epoch}/{cfg.epochs}")
+        loss = self.train_epoch(trainer, augment, epoch, bar)
+        trained = time.perf_counter()
+        predictions, test, val = self._evaluate(trainer.model)
+        for name, scores in {"best": test, "selected": val}.items():
+            if scores and (name not in state or scores["accuracy"] > state[name]["accuracy"]):
+                weights = {k: v.cpu().clone() for k, v in trainer.model.state_dict().items()}
+                state[name] = {"epoch": epoch, "accuracy": scores["accuracy"], "model": weights, **predictions}
+        columns = {k: test[k] for k in ("accuracy", "ece", "oe", "nll")}
+        columns |= {f"val_{k}": val[k] for k in columns if val}
+        columns |= {"seconds": time.perf_counter() - started}
+        state["history"].append({"epoch": epoch, "lr": lr, "train_loss": loss, **columns})
+        state["train_seconds"] += trained - started
+        checkpoint.save(self.path, {**state, "model": trainer.model.state_dict(), "momentum": trainer.momentum()})
+        write_csv(self.path / "history.csv", state["history"])
+        speed = len(self.data.train_labels) / (trained - started)
+        bar.write(
+            f"epoch {epoch:3d}/{cfg.epochs}  lr {lr:<7.2g} loss {loss:<8.4g} accuracy {test['accuracy']:6.2%}  "
+            f"ECE {test['ece']:.4f}  OE {test['oe']:.4f}  {speed:,.0f} images/s"
+        )
+        scores = {f"test/{k}": v for k, v in test.items()} | {f"val/{k}": v for k, v in val.items()}
+        tracker.log({"epoch": epoch, "lr": lr, "train/loss": loss, "images_per_second": speed, **scores})
+        return predictions
+
+    def _average(self, members: Sequence[Path], weights: Sequence[float]) -> None:
         mean, names = {}, ("best", "last", "selected", "val") if self.cfg.val_size else ("best", "last")
-        for row, weight in zip(rows, weights, strict=True):
-            with np.load(self._finished(row, "probabilities.npz") / "probabilities.npz") as arrays:
-                for key in names:
-                    mean[key] = mean.get(key, 0) + arrays[key].astype(np.float64) * (weight / sum(weights))
+        for path, weight in zip(members, weights, strict=True):
+            arrays = load_probabilities(path / "probabilities.npz")
+            for key in names:
+                mean[key] = mean.get(key, 0) + arrays[key].astype(np.float64) * (weight / sum(weights))
         mean = {key: torch.from_numpy(value).float() for key, value in mean.items()}
         choices = {key: {"epoch": None, "probabilities": mean[key]} for key in names if key != "val"}
         if self.cfg.val_size:
@@ -415,11 +497,9 @@ class Run:
         speed = {"train_seconds": 0.0, "images_per_second": None}
         self._finish(choices, speed, self._tracker(secrets.token_hex(4)))
 
-    # How it is done --------------------------------------------------------------------------------------
-
     def trainer(self, task: TrainingTask) -> Trainer:
         """The task with its optimiser, on the device, compiled where that pays over the whole run."""
-        names = ("lr", "momentum", "weight_decay", "compile", "precision")
+        names = ("lr", "momentum", "weight_decay", "compile", "precision", "deterministic")
         images = self.cfg.epochs * len(self.data.train_labels)
         return Trainer(task, self.device, images, **{name: getattr(self.cfg, name) for name in names})
 
@@ -431,17 +511,28 @@ class Run:
         batches = torch.randperm(len(labels)).to(self.device).split(self.cfg.batch_size)
         if len(batches[-1]) == 1:  # batch norm and mixing need two
             batches = batches[:-1]
-        total, started = torch.zeros((), device=self.device), time.perf_counter()
+        losses, started = torch.zeros(len(batches), device=self.device), time.perf_counter()
         for step, index in enumerate(batches, 1):
-            loss = trainer.step(*augment(images[index], labels[index]))
-            total += loss * len(index)
+            losses[step - 1] = loss = trainer.step(*augment(images[index], labels[index]))
             bar.update(len(index))
             if self.device.type == "cpu":  # on a GPU, reading the loss would stall it
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                if not math.isfinite(loss):
+                    break
                 hours = (time.perf_counter() - started) / step * len(batches) * self.cfg.epochs / 3600
                 if epoch == 1 and step == 5 and hours > 1:
                     bar.write(f"{self.row} will take about {hours:,.0f} h on this CPU; --protocol smoke takes a minute")
-        return total.item() / sum(map(len, batches))
+        finite = losses.isfinite().cpu()
+        if not finite.all() or not trainer.is_finite():
+            step = int(finite.logical_not().nonzero()[0]) if not finite.all() else len(batches) - 1
+            lr = trainer.optimizer.param_groups[0]["lr"]
+            good = f"; the checkpoint of epoch {epoch - 1} is still good" if epoch > 1 else ""
+            what = f"the loss is {losses[step].item()}" if not finite.all() else "the weights are no longer finite"
+            raise UserError(
+                f"{what} at step {step + 1} of epoch {epoch}, at learning rate {lr:g}: try a smaller --lr{good}"
+            )
+        sizes = torch.tensor([len(index) for index in batches])
+        return float(losses.cpu() @ sizes.float() / sizes.sum())
 
     def _evaluate(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, float], dict[str, float]]:
         """Predictions, the scores of those for the test images and, with --val-size, for the held-out ones."""
@@ -473,10 +564,6 @@ class Run:
         self._check_identity(result["settings"], result["fingerprint"], fingerprint)
         return result
 
-    def forget(self) -> None:
-        """Delete what the run has written."""
-        shutil.rmtree(self.path, ignore_errors=True)
-
     def _check_identity(self, other: dict[str, Any], other_fingerprint: str, fingerprint: str) -> None:
         differ = [f"{k} {other[k]}, now {v}" for k, v in identity(self.cfg).items() if other.get(k, v) != v]
         if other_fingerprint != fingerprint:
@@ -486,8 +573,14 @@ class Run:
                 f"{self.path} was made with {'; '.join(differ)}: --overwrite it, or choose another --results-dir"
             )
 
-    def _finished(self, row: str, needed: str) -> Path:
-        """The folder of a finished run of `row` on this run's data that holds the file `needed`."""
+    def _finished(self, rows: Sequence[str], needed: str) -> list[Path]:
+        """Folders of finished runs of these rows on this run's data, each with the file `needed`."""
+        for row in rows:
+            if not (Path(row) / "result.json").is_file():
+                load_recipe(row)  # a wrong name is found before any row is trained
+        return [self._finish_row(row, needed) for row in rows]
+
+    def _finish_row(self, row: str, needed: str) -> Path:
         path = Path(row)
         if not (path / "result.json").is_file():
             main = load_recipe(row)
@@ -496,6 +589,7 @@ class Run:
             path = run.path
             if run.load_result() is None or not (path / needed).is_file():
                 print(f"{self.row} needs {row}, which is not in {path} yet: training it first", flush=True)
+                run.needed = needed
                 main(run.cfg, run)  # not run_row: a result whose files are gone stays until the new one is whole
                 print(f"{row} is finished: back to {self.row}", flush=True)
         if not (path / needed).is_file():
@@ -507,15 +601,24 @@ class Run:
             )
         if result["fingerprint"] != self.data.fingerprint:
             raise UserError(f"{path} was trained on other images than {self.row} is: choose another --results-dir")
+        if sha256(path / needed) != result["files"].get(needed):
+            raise UserError(
+                f"{path / needed} is damaged, for it is not what result.json describes: delete it, and {result['row']} "
+                "is trained again"
+            )
         self.sources.append(str(path))
         return path
 
     def _load_model(self, path: Path) -> nn.Module:
-        model = timm.create_model(read_result(path)["model"], num_classes=self.num_classes)
+        name, file = read_result(path)["model"], path / "model.safetensors"
+        if not name or not timm.is_model(name):
+            raise UserError(f"{path / 'result.json'} is of a model that timm does not know here: {str(name)[:100]}")
+        model = timm.create_model(name, num_classes=self.num_classes)
         try:
-            model.load_state_dict(safetensors.torch.load_file(path / "model.safetensors"))
-        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-            raise UserError(f"{path / 'model.safetensors'} cannot be used: {str(error).splitlines()[0]}") from None
+            model.load_state_dict(load_weights(file))
+        except RuntimeError as error:
+            reason = " ".join(line.strip() for line in str(error).splitlines()[1:])
+            raise UserError(f"{file} does not fit {name}: {reason[:200]}") from None
         return model
 
     def _tracker(self, run_id: str) -> Tracker:
@@ -530,38 +633,28 @@ class Run:
             config={**settings(cfg), "row": self.row, "published": published(self.row, self.changes)},
         )
 
-    def _resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def _resume(self, trainer: Trainer) -> dict[str, Any]:
         """What the last checkpoint holds, its weights and momenta put in place; or a fresh start."""
-        path = self.path / "checkpoint.pt"
-        if not path.is_file():
-            return {"history": [], "best": None, "train_seconds": 0.0, "wandb_id": secrets.token_hex(4)}
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            model.load_state_dict(state.pop("model"))
-            optimizer.load_state_dict(state.pop("optimizer"))
-        except Exception as error:  # torch raises many kinds for a file that is not whole
-            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{path} is damaged ({first_line}): delete it to start this run over") from None
+        origin = {**versions(), "hardware": hardware(self.device)}
+        state = checkpoint.load(self.path)
+        if state is None:
+            about = {"settings": settings(self.cfg), "fingerprint": self.data.fingerprint, "origins": [origin]}
+            return {**about, "history": [], "train_seconds": 0.0, "wandb_id": secrets.token_hex(4)}
         self._check_identity(state["settings"], state["fingerprint"], self.data.fingerprint)
+        trainer.restore(state.pop("model"), state.pop("momentum"))
+        if changed := [f"{k} {v}, now {origin[k]}" for k, v in state["origins"][-1].items() if v != origin[k]]:
+            print(f"warning: {self.path} was begun with {'; '.join(changed)}: result.json names both", file=sys.stderr)
+            state["origins"].append(origin)
         return state
 
-    def _save(self, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        progress = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        origin = {"settings": settings(self.cfg), "fingerprint": self.data.fingerprint}
-        with atomic_write(self.path / "checkpoint.pt") as file:
-            torch.save({**state, **progress, **origin}, file)
-        table = StringIO()
-        writer = csv.DictWriter(table, state["history"][0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(state["history"])
-        with atomic_write(self.path / "history.csv") as file:
-            file.write(table.getvalue().encode())
-
-    def _finish(self, choices: dict[str, dict[str, Any]], speed: dict[str, Any], tracker: Tracker) -> None:
+    def _finish(
+        self, choices: dict[str, dict[str, Any]], speed: dict[str, Any], tracker: Tracker, earlier: Sequence[dict] = ()
+    ) -> None:
         """Write probabilities, diagram and, once all else is there, `result.json`.
 
         `choices` are the epochs that are reported: `best` on the test images, as published, `last` and, with
-        --val-size, `selected`. Each has `epoch` and `probabilities`, the last one `val_probabilities` too.
+        --val-size, `selected`. Each has `epoch` and `probabilities`, the last one `val_probabilities` too. `earlier`
+        are versions and hardware of the run before it was resumed with others.
         """
         arrays = {name: choice["probabilities"] for name, choice in choices.items()}
         arrays["labels"] = self.data.test_labels
@@ -589,6 +682,8 @@ class Run:
             **speed,
             "hardware": hardware(self.device),
             "versions": versions(),
+            "earlier_versions": list(earlier),
+            "files": {name: sha256(self.path / name) for name in NEEDED_LATER if (self.path / name).is_file()},
             "settings": settings(self.cfg),
             "classes": list(self.data.classes),
             "fingerprint": self.data.fingerprint,
@@ -634,15 +729,9 @@ def versions() -> dict[str, str | None]:
 def cli(main: Callable[[Config, Run], None]) -> None:
     """Run a recipe's `main` as the row its file is named for, with settings from the command line."""
     row = Path(main.__code__.co_filename).stem
-    try:
+    with orderly_end(": the same command goes on after the last finished epoch (without --overwrite)"):
         cfg = parse(config_type(main), main.__globals__["__doc__"])
         result = run_row(row, main, cfg)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped: the same command goes on from the last finished epoch", file=sys.stderr)
-        sys.exit(130)
     print(summary(result, Run(row, cfg).path))
 
 

@@ -12,7 +12,6 @@ import re
 import statistics
 import sys
 import textwrap
-import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,8 +20,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from command_line import parse
-from run_files import UserError, atomic_write, read_published, read_result
+from command_line import orderly_end, parse
+from run_files import UserError, atomic_write, load_probabilities, read_published, read_result
 
 ROOT = Path(__file__).resolve().parent
 STANDING = ("paper", "short", "quick")  # README.md shows the first of these that has results; smoke is no table
@@ -118,19 +117,14 @@ def recompute(path: Path) -> None:
     Raises:
         UserError: the probabilities or the result are missing or damaged.
     """
-    import numpy as np
-
     from calibration import calibration_metrics, scores_of_run
 
-    result, file = read_run(path).result, path / "probabilities.npz"
+    result = read_run(path).result
     try:
-        with np.load(file) as arrays:
-            arrays = dict(arrays)
-        scores, metrics = scores_of_run(arrays), calibration_metrics(arrays["best"], arrays["labels"])
-    except FileNotFoundError:
-        raise UserError(f"{file} is not there, so this run keeps the metrics it has") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        raise UserError(f"{file} is damaged, so this run keeps the metrics it has") from None
+        arrays = load_probabilities(path / "probabilities.npz")
+    except UserError as error:
+        raise UserError(f"{error}, so this run keeps the metrics it has") from None
+    scores, metrics = scores_of_run(arrays), calibration_metrics(arrays["best"], arrays["labels"])
     for choice, values in scores.items():
         result[choice] = {"epoch": result.get(choice, {}).get("epoch"), **values}
     with atomic_write(path / "reliability.csv") as file:
@@ -604,11 +598,8 @@ def main(cfg: Config) -> int:
 
 
 def cli() -> None:
-    try:
+    with orderly_end():
         sys.exit(main(parse(Config, __doc__)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

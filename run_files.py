@@ -1,15 +1,24 @@
-"""Files that are whole or not there, and the error that tells a person what to do about one."""
+"""Files that are whole or not there, readers that believe none of them unseen, one process a folder, and the error that
+tells a person what to do."""
 
 import csv
+import hashlib
 import json
 import os
+import socket
 import typing
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
+import filelock
+
 if typing.TYPE_CHECKING:  # tools that only read results start without torch
+    import numpy as np
     from torch import Tensor
 
 PUBLISHED = Path(__file__).resolve().parent / "results" / "published.csv"
@@ -20,15 +29,52 @@ class UserError(Exception):
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[typing.BinaryIO]:
-    """Open a file that appears under its name only once it is whole and on the disk."""
+def atomic_write(path: Path, keep: Path | None = None) -> Iterator[typing.BinaryIO]:
+    """Open a file that appears under its name only once it is whole and on the disk. What had the name before is then
+    called `keep`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the names are on the disk once the folder is
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a run's folder; while another process does, say which one and wait for it.
+
+    The lock is `flock`'s on a file beside the folder: the kernel lets go of it when its process dies, however it dies.
+    Over NFS it holds between machines as well; where a file system has no such locks, filelock falls back to the
+    file's existence, with process and machine in it.
+    """
+    path = folder.with_name(f".{folder.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        process, host, *_ = [*path.read_text().split("\n"), "?", "?"]
+        print(f"process {process} on {host} is at work in {folder}: waiting for it", flush=True)
+        lock.acquire(poll_interval=0.5)
+    try:
+        path.write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
+        yield
+    finally:
+        lock.release()
 
 
 def save_weights(path: Path, weights: "dict[str, Tensor]") -> None:
@@ -38,12 +84,112 @@ def save_weights(path: Path, weights: "dict[str, Tensor]") -> None:
         file.write(safetensors.torch.save({name: tensor.contiguous() for name, tensor in weights.items()}))
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """The `result.json` in a run's folder."""
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_weights(path: Path) -> "dict[str, Tensor]":
+    """A model's weights from safetensors, or from a checkpoint of torch's (`.pt`, `.pth`) in which they lie bare or
+    under `model` or `state_dict`. Nothing in the file is ever run.
+
+    Raises:
+        UserError: the file is damaged, holds more than weights, or weights that are not finite.
+    """
+    import safetensors.torch
+    import torch
+
     try:
-        return json.loads((path / "result.json").read_bytes())
-    except ValueError:
-        raise UserError(f"{path / 'result.json'} is damaged: delete the folder to train this row again") from None
+        if path.suffix == ".safetensors":
+            weights = safetensors.torch.load_file(path)
+        else:
+            if zipfile.is_zipfile(path) and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
+                raise ValueError("it is compressed, as torch's own files never are")
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+            weights = next((weights[key] for key in ("model", "state_dict") if key in weights), weights)
+        named = isinstance(weights, dict) and all(isinstance(tensor, torch.Tensor) for tensor in weights.values())
+        if not named or not weights:
+            raise ValueError("it holds no state dict")
+        if not all(tensor.isfinite().all() for tensor in weights.values()):
+            raise ValueError("it has weights that are not finite")
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there") from None
+    except PermissionError:
+        raise
+    except Exception as error:  # torch raises many kinds for a file that is not whole
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} cannot be used: {reason}") from None
+    return weights
+
+
+def load_probabilities(path: Path) -> "dict[str, np.ndarray]":
+    """What a run's `probabilities.npz` holds: `labels` (n,), and under the other names predictions (n, classes).
+
+    Raises:
+        UserError: the file is damaged, or its numbers are no probabilities of such labels.
+    """
+    import numpy as np
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > 1000 * 2**10 + 100 * path.stat().st_size:
+                raise ValueError("it would unpack to far more than predictions do")
+        with np.load(path) as file:
+            arrays = dict(file)
+        for name in arrays.keys() - {"labels", "val_labels"}:
+            p, labels = arrays[name], arrays["val_labels" if name == "val" else "labels"]
+            fits = p.ndim == 2 and p.dtype.kind == "f" and labels.shape == p.shape[:1] and labels.dtype.kind == "i"
+            if not fits or not ((labels >= 0) & (labels < p.shape[1])).all():
+                raise ValueError(f"its {name} and labels do not fit together")
+            if not ((p >= 0).all() and np.allclose(p.sum(1, dtype=np.float64), 1, atol=1e-3)):
+                raise ValueError(f"its {name} are no probabilities")
+        if not {"best", "last", "labels"} <= arrays.keys() or not len(arrays["labels"]):
+            raise ValueError("it lacks predictions")
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there") from None
+    except PermissionError:
+        raise
+    except Exception as error:  # zipfile and numpy raise many kinds for a file that is not whole
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} cannot be used: {reason}") from None
+    return arrays
+
+
+# What every reader of a result relies on. A run's folder is named by row, protocol and seed, never by what a file says.
+RESULT = {
+    "row": str, "protocol": str, "seed": int, "dataset": str, "model": (str, NoneType), "sources": list,
+    "changes": dict, "best": dict, "last": dict, "settings": dict, "classes": list, "fingerprint": str,
+    "files": dict,
+}  # fmt: skip
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The `result.json` in a run's folder.
+
+    Raises:
+        UserError: it is not whole, or not the result of a run.
+    """
+    file = path / "result.json"
+    try:
+        result = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        raise UserError(f"{file} is damaged: delete the folder to train this row again") from None
+    wrong = [
+        key for key, kind in RESULT.items() if not isinstance(result, dict) or not isinstance(result.get(key), kind)
+    ]
+    if wrong:
+        raise UserError(f"{file} is no result, for its {wrong[0]}: delete the folder to train this row again")
+    return result
+
+
+def write_csv(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """A table with a header, from its lines; not empty."""
+    table = StringIO()
+    writer = csv.DictWriter(table, lines[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    with atomic_write(path) as file:
+        file.write(table.getvalue().encode())
 
 
 def read_published() -> list[dict[str, Any]]:

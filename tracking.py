@@ -59,6 +59,13 @@ class Tracker:
                     self.wandb_run.summary.update({f"{name}/{k}": v for k, v in result[name].items()})
                 self.wandb_run.finish()
 
+    def preempted(self, exit_code: int) -> None:
+        """Close the run as one that its machine was taken from, and that will go on."""
+        if self.wandb_run:
+            with self._never_fatal():
+                self.wandb_run.mark_preempting()
+                self.wandb_run.finish(exit_code=exit_code)
+
     @contextmanager
     def _never_fatal(self) -> Iterator[None]:
         try:

@@ -30,6 +30,7 @@ class Trainer:
         compile: a mode of `torch.compile`, or `off`; its results are cached between runs.
         precision: `bf16` is autocast, for all models of the task; losses are always computed in float32. `auto` takes
             it on a GPU.
+        deterministic: only operations that give the same bits every time, for the whole process.
 
     Attributes:
         model: the trained module, not compiled, so that its names are the files'.
@@ -38,8 +39,11 @@ class Trainer:
 
     def __init__(
         self, task: TrainingTask, device: torch.device, images: int, *, lr: float, momentum: float, weight_decay: float,
-        compile: Compile = "auto", precision: Precision = "auto",
+        compile: Compile = "auto", precision: Precision = "auto", deterministic: bool = False,
     ):  # fmt: skip
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
         self.task = task.to(device, memory_format=torch.channels_last)
         self.model = task.trainable_module
         self.shape: torch.Size | None = None  # of the first inputs, for which the models are compiled
@@ -70,6 +74,24 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()  # at the end: CUDA graphs write the next gradients to the same place
         return loss.detach()
+
+    def momentum(self) -> dict[str, Tensor]:
+        """The optimiser's state, by the parameters' names. Empty before the first step, and with --momentum 0."""
+        state = self.optimizer.state
+        named = {name: state[p].get("momentum_buffer") for name, p in self.model.named_parameters() if p in state}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def restore(self, weights: dict[str, Tensor], momentum: dict[str, Tensor]) -> None:
+        """Put a checkpoint's weights and momenta in place."""
+        self.model.load_state_dict(weights)
+        parameters = dict(self.model.named_parameters())
+        for name, tensor in momentum.items():  # laid out in memory as its parameter is, which the fused step relies on
+            parameter = parameters[name]
+            self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter.detach()).copy_(tensor)
+
+    def is_finite(self) -> bool:
+        """Whether all weights and running statistics are."""
+        return bool(torch.stack([tensor.isfinite().all() for tensor in self.model.state_dict().values()]).all())
 
 
 def autocast(model: nn.Module, device: torch.device) -> None:

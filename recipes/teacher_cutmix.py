@@ -14,7 +14,7 @@ import common
 @dataclass(kw_only=True)
 class Config(common.TrainConfig):
     lr: common.Positive = 0.05
-    batch_size: common.BatchSize = 128
+    batch_size: common.EvenBatchSize = 128
     alpha: common.Positive = 1.0
     """of the Beta distribution that the box's area is drawn from, one an image"""
 

@@ -14,7 +14,7 @@ import common
 @dataclass(kw_only=True)
 class Config(common.TrainConfig):
     lr: common.Positive = 0.05
-    batch_size: common.BatchSize = 128
+    batch_size: common.EvenBatchSize = 128
     alpha: common.NonNegative = 0.3
     """of the Beta distribution that the mixing weight is drawn from, one a batch; 0 mixes nothing"""
 

@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads that spin make a busy machine crawl
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a test process for every core
 
 import numpy as np
 import pytest
@@ -21,6 +23,12 @@ def quiet_and_seeded(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     common.seed_everything(0, 0)
     common._shared_dataset.cache_clear()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "cifar100" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("cifar100"))  # one process unpacks it
 
 
 @pytest.fixture(scope="session")
@@ -63,3 +71,28 @@ def run_row(row: str, results_dir: Path, **settings) -> tuple[dict, Path]:
     tiny = dict(protocol="smoke", epochs=1, train_size=96, results_dir=results_dir)
     cfg = common.config_type(main)(**{**tiny, **settings})
     return common.run_row(row, main, cfg), common.Run(row, cfg).path
+
+
+THREE_STEPS = dict(epochs=3, train_size=96, batch_size=32)  # three steps an epoch
+
+
+class Killed(Exception):
+    pass
+
+
+def die() -> None:
+    raise Killed
+
+
+def in_epoch(monkeypatch, epoch: int, steps_an_epoch: int = 3, do=die) -> None:
+    """Have something happen in the second step of an epoch, or in its only one: the training loop dies."""
+    real = common.Standard.__call__
+    steps = []
+
+    def augment(self, images, labels):
+        steps.append(1)
+        if len(steps) == steps_an_epoch * (epoch - 1) + min(2, steps_an_epoch):
+            do()
+        return real(self, images, labels)
+
+    monkeypatch.setattr(common.Standard, "__call__", augment)

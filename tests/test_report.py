@@ -37,8 +37,9 @@ def make_run(results, row, seed=0, changes=None, protocol="short", dataset="cifa
         for name in ("selected", "val", "val_labels"):
             del arrays[name]
     np.savez(folder / "probabilities.npz", **arrays)
-    result = {"row": row, "protocol": protocol, "seed": seed, "dataset": dataset, "changes": changes}
-    result |= {name: {"epoch": 3, **scores} for name, scores in scores_of_run(arrays).items()}
+    about = {"row": row, "protocol": protocol, "seed": seed, "dataset": dataset, "changes": changes}
+    about |= {"model": None, "sources": [], "settings": {}, "classes": [], "fingerprint": "", "files": {}}
+    result = about | {name: {"epoch": 3, **scores} for name, scores in scores_of_run(arrays).items()}
     (folder / "result.json").write_text(json.dumps(result, indent=2))
     (folder / "reliability.csv").write_text(calibration_metrics(arrays["best"], labels).bins_csv)
     if not row.endswith("ensemble"):

@@ -14,38 +14,17 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import ROOT, run_row
+from conftest import ROOT, THREE_STEPS, Killed, in_epoch, run_row
 
 import common
 from run_files import UserError, atomic_write
-
-
-class Killed(Exception):
-    pass
-
-
-def kill_in_epoch(monkeypatch, epoch: int, steps_an_epoch: int = 3) -> None:
-    """Let the training loop die in the second step of an epoch, or in its only one."""
-    real = common.Standard.__call__
-    steps = []
-
-    def augment(self, images, labels):
-        steps.append(1)
-        if len(steps) == steps_an_epoch * (epoch - 1) + min(2, steps_an_epoch):
-            raise Killed
-        return real(self, images, labels)
-
-    monkeypatch.setattr(common.Standard, "__call__", augment)
-
-
-THREE_STEPS = dict(epochs=3, train_size=96, batch_size=32)
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch, capsys):
     result, whole = run_row("teacher_cutmix", tmp_path / "whole", **THREE_STEPS)
     for epoch in (3, 1):  # dies in its third epoch, then once more right after resuming
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            kill_in_epoch(patch, epoch)
+            in_epoch(patch, epoch)
             run_row("teacher_cutmix", tmp_path / "killed", **THREE_STEPS)
     assert "resuming after epoch 2 of 3" in capsys.readouterr().out
     resumed, killed = run_row("teacher_cutmix", tmp_path / "killed", **THREE_STEPS)
@@ -56,7 +35,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch, capsys):
         del line["seconds"]
     assert histories[0] == histories[1] and len(histories[0]) == 3
     assert (result["best"], result["last"]) == (resumed["best"], resumed["last"])
-    assert not (killed / "checkpoint.pt").exists()
+    assert not list(killed.glob("checkpoint*"))
 
 
 def test_the_seed_decides_everything(tmp_path):
@@ -147,7 +126,7 @@ def test_a_missing_teacher_is_trained_first_and_only_once(tmp_path, monkeypatch,
 
     (teacher / "model.safetensors").unlink()
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_in_epoch(patch, 1, steps_an_epoch=1)
+        in_epoch(patch, 1, steps_an_epoch=1)
         run_row("kd_mixup", tmp_path, seed=3, temperature=5.0)
     assert json.loads((teacher / "result.json").read_text()) == result  # nothing computed is lost
     run_row("kd_mixup", tmp_path, seed=3, temperature=5.0)
@@ -169,16 +148,6 @@ def test_a_teacher_of_other_images_or_classes_is_refused(tmp_path, image_folder)
             "kd_vanilla", tmp_path / "b", teacher=str(teacher), dataset="folder", data_dir=image_folder, train_size=None
         )
     assert not (tmp_path / "b").exists()
-
-
-def test_a_teacher_whose_weights_do_not_fit_is_refused(tmp_path):
-    _, teacher = run_row("teacher_baseline", tmp_path)
-    safetensors.torch.save_file({"conv1.weight": torch.zeros(1)}, teacher / "model.safetensors")
-    with pytest.raises(UserError, match=r"model\.safetensors cannot be used"):
-        run_row("kd_vanilla", tmp_path)
-    (teacher / "model.safetensors").write_bytes(b"\x00" * 100)
-    with pytest.raises(UserError, match=r"model\.safetensors cannot be used"):
-        run_row("kd_vanilla", tmp_path)
 
 
 def test_ensembles_average_their_members_probabilities(tmp_path):
@@ -205,7 +174,7 @@ def test_other_images_in_the_same_place_are_refused(tmp_path, image_folder):
 def test_a_checkpoint_of_other_images_is_refused(tmp_path, image_folder, monkeypatch):
     settings = dict(dataset="folder", data_dir=image_folder, train_size=None, batch_size=8, epochs=2)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_in_epoch(patch, 2)
+        in_epoch(patch, 2)
         run_row("student_baseline", tmp_path / "results", **settings)
     common._shared_dataset.cache_clear()  # as in a process of its own
     shutil.copy(image_folder / "train" / "ant" / "0.png", image_folder / "train" / "ant" / "1.png")
@@ -219,27 +188,6 @@ def test_a_rows_own_settings_that_changed_in_its_file_are_noticed(tmp_path, monk
     monkeypatch.setattr(config, "__init__", functools.partialmethod(config.__init__, lr=0.3))
     with pytest.raises(UserError, match=r"was made with lr 0\.01, now 0\.3"):
         run_row("student_baseline", tmp_path)
-
-
-def test_damaged_files_are_named(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_in_epoch(patch, 2)
-        run_row("student_baseline", tmp_path, **THREE_STEPS)
-    checkpoint = next(tmp_path.rglob("checkpoint.pt"))
-    checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
-    with pytest.raises(UserError, match=r"checkpoint\.pt is damaged .*: delete it"):
-        run_row("student_baseline", tmp_path, **THREE_STEPS)
-    (checkpoint.parent / "result.json").write_text('{"row": "stud')
-    with pytest.raises(UserError, match=r"result\.json is damaged: delete the folder"):
-        run_row("student_baseline", tmp_path, **THREE_STEPS)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(
-        UserError, match=r"the loss is (nan|inf) in epoch \d at learning rate 1e\+20: try a smaller --lr"
-    ):
-        run_row("student_baseline", tmp_path, lr=1e20, epochs=3, batch_size=32)
-    assert not list(tmp_path.rglob("result.json"))
 
 
 def test_the_last_single_image_of_an_epoch_is_left_out(tmp_path):
@@ -276,7 +224,7 @@ def test_wandb_that_fails_costs_a_warning(tmp_path, monkeypatch, capsys):
 
 
 def test_a_long_run_on_a_cpu_says_so(tmp_path, monkeypatch, capsys):
-    kill_in_epoch(monkeypatch, 3)  # after six steps of the first epoch
+    in_epoch(monkeypatch, 3)  # after six steps of the first epoch
     with pytest.raises(Killed):
         run_row("student_baseline", tmp_path, epochs=500_000, train_size=192, batch_size=32)
     assert "student_baseline will take about" in capsys.readouterr().out

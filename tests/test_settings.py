@@ -122,6 +122,49 @@ WRONG = [
     ("kd_cutmix", "--protocol smoke --teacher teacher_cutmx", "there is no recipe teacher_cutmx"),
     ("kd_cutmix", "--dataset folder --data-dir nowhere", "no images in nowhere"),
     ("kd_cutmix", "more", "more"),
+    ("kd_cutmix", "--epochs", "--epochs"),
+    ("kd_cutmix", "--epochs 1e3", "--epochs"),
+    ("kd_cutmix", "--epochs nan", "--epochs"),
+    ("kd_cutmix", "--milestones 5 3", "--milestones must rise and end by epoch 500, not 5 3"),
+    ("kd_cutmix", "--epochs 10 --milestones 5 11", "--milestones must rise and end by epoch 10, not 5 11"),
+    ("kd_cutmix", "--seed 1.5", "--seed"),
+    ("kd_cutmix", "--seed", "--seed"),
+    ("kd_cutmix", "--lr -0.1", "--lr must be greater than 0, not -0.1"),
+    ("kd_cutmix", "--lr fast", "--lr"),
+    ("kd_cutmix", "--batch-size 0", "--batch-size must be 2 or more, not 0"),
+    ("kd_cutmix", "--batch-size 64.0", "--batch-size"),
+    ("student_baseline", "--protocol smoke --batch-size 1438", "--batch-size must be at most 1437"),
+    ("student_baseline", "--protocol smoke --train-size 1", "must be at most 1, the number of training images, which"),
+    ("student_baseline", "--weight-decay -1", "--weight-decay must be 0 or more"),
+    ("student_baseline", "--momentum inf", "--momentum must be 0 or more"),
+    ("student_baseline", "--temperature 4", "--temperature"),
+    ("student_baseline", "--compile maybe", "reduce-overhead"),
+    ("student_baseline", "--precision fp16", "bf16"),
+    ("student_baseline", "--val-size 0", "--val-size must be 1 or more"),
+    ("student_baseline", "--protocol smoke --val-size 1437", "--val-size 1437 cannot be held out"),
+    ("student_baseline", "--protocol smoke --val-size 3", "--val-size 3 cannot be held out"),
+    ("student_baseline", "--data-dir {here}/../file", "file is a file, and not a folder"),
+    ("student_baseline", "--protocol smoke --results-dir {here}/../file", "file is a file, and not a folder"),
+    ("student_baseline", "--protocol smoke --results-dir {here}/../file/results", "file is a file, and not a folder"),
+    ("student_baseline", "--data-dir . --results-dir results", "--results-dir results must not be inside --data-dir ."),
+    ("student_baseline", "--data-dir d --results-dir d", "--results-dir d must not be inside --data-dir d"),
+    ("student_baseline", "--deterministic yes", "yes"),
+    ("student_baseline", "--overwrite --overwrte", "--overwrte (did you mean --overwrite?)"),
+    ("kd_vanilla", "--temperature -4", "--temperature must be greater than 0"),
+    ("kd_vanilla", "--temperature hot", "--temperature"),
+    ("kd_vanilla", "--kd-weight 0 --ce-weight 0", "--kd-weight and --ce-weight must not all be 0"),
+    ("kd_mixup", "--protocol smoke --teacher ../../etc", "there is no recipe ../../etc"),
+    ("kd_ensemble_avg_loss", "--protocol smoke --teachers teacher_mixup wrn", "there is no recipe wrn"),
+    ("kd_ensemble_avg_loss", "--temperature 0", "--temperature must be greater than 0"),
+    ("kd_ensemble_avg_softmax", "--ce-weight -0.2", "--ce-weight must be 0 or more"),
+    ("teacher_mixup", "--batch-size 65", "--batch-size must be even and 2 or more, not 65"),
+    ("teacher_cutmix", "--batch-size 1", "--batch-size must be even and 2 or more, not 1"),
+    ("teacher_mixup", "--alpha nan", "--alpha must be 0 or more"),
+    ("teacher_cutout", "--hole 0", "--hole must be above 0 and at most 1"),
+    ("teacher_augmix", "--severity 0", "--severity must be from 0.1 to 10"),
+    ("teacher_ensemble", "--weights nan 1 1 1 1", "--weights must be 0 or more"),
+    ("student_ensemble", "--protocol smoke --members kd_vanilla --weights 1 2", "--weights takes 1 numbers"),
+    ("student_ensemble", "--protocol smoke --members nobody --weights 1", "there is no recipe nobody"),
     ("kd_ensemble_add_loss", "--reduction median", "softmax_mean"),
     ("teacher_mixup", "--alpha -1", "--alpha must be 0 or more"),
     ("teacher_cutmix", "--alpha 0", "--alpha must be greater than 0"),
@@ -137,14 +180,17 @@ WRONG = [
     ("row", "arguments", "message"), WRONG, ids=[f"{row} {arguments}" for row, arguments, _ in WRONG]
 )
 def test_wrong_arguments_end_in_one_line_and_exit_code_2(row, arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [f"recipes/{row}.py", *arguments.split()])
+    (tmp_path / "file").touch()
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(sys, "argv", [f"recipes/{row}.py", *arguments.format(here=here).split()])
     with pytest.raises(SystemExit) as stop:
         common.cli(common.load_recipe(row))
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
-    assert not list(tmp_path.iterdir())  # nothing created
+    assert not list(here.iterdir())  # nothing created
 
 
 def test_no_gpu(monkeypatch):

@@ -1,0 +1,245 @@
+"""Files that somebody made, or that broke: each is refused in one line, and nothing in them is ever run."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import run_row
+
+import checkpoint
+import common
+from run_files import UserError, load_probabilities, load_weights, read_result
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a finished teacher."""
+    os.environ["WANDB_MODE"] = "disabled"
+    return run_row("student_baseline", tmp_path_factory.mktemp("finished"))[1]
+
+
+@pytest.fixture
+def teacher(finished, tmp_path) -> Path:
+    """A copy of it to damage."""
+    return shutil.copytree(finished, tmp_path / "teacher")
+
+
+def teach(teacher: Path, tmp_path: Path) -> None:
+    run_row("kd_vanilla", tmp_path / "results", teacher=str(teacher))
+
+
+def average(member: Path, tmp_path: Path) -> None:
+    run_row("teacher_ensemble", tmp_path / "results", members=(str(member),), weights=(1.0,))
+
+
+def write_weights(teacher: Path, weights: dict) -> None:
+    """Replace the weights, and the digest with them."""
+    safetensors.torch.save_file(weights, teacher / "model.safetensors")
+    result = json.loads((teacher / "result.json").read_text())
+    result["files"]["model.safetensors"] = common.sha256(teacher / "model.safetensors")
+    (teacher / "result.json").write_text(json.dumps(result))
+
+
+WEIGHTS = {
+    "missing key": (lambda w: {k: v for k, v in w.items() if k != "conv1.weight"}, "does not fit .*_v1: Missing"),
+    "extra key": (lambda w: {**w, "evil": torch.zeros(1)}, "does not fit shufflenet_v1: Unexpected"),
+    "wrong shape": (lambda w: {**w, "conv1.weight": torch.zeros(1)}, "does not fit shufflenet_v1: size mismatch"),
+    "other classes": (lambda w: {**w, "linear.weight": torch.zeros(7, 960)}, "does not fit .*_v1: size mismatch"),
+    "nan": (lambda w: {**w, "conv1.weight": w["conv1.weight"] * float("nan")}, "it has weights that are not finite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weights_that_are_not_the_models(kind, teacher, tmp_path):
+    change, message = WEIGHTS[kind]
+    write_weights(teacher, change(safetensors.torch.load_file(teacher / "model.safetensors")))
+    with pytest.raises(UserError, match=message) as error:
+        teach(teacher, tmp_path)
+    assert "\n" not in str(error.value) and not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(("name", "use"), [("model.safetensors", teach), ("probabilities.npz", average)])
+def test_a_finished_run_whose_files_were_damaged_is_noticed(name, use, teacher, tmp_path):
+    data = bytearray((teacher / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (teacher / name).write_bytes(data)
+    with pytest.raises(UserError, match=rf"{name} is damaged.*: delete it, and student_baseline is trained again"):
+        use(teacher, tmp_path)
+    (teacher / name).unlink()
+    with pytest.raises(UserError, match=f"has a result.json but no {name}"):  # a folder is not a row to train
+        use(teacher, tmp_path)
+
+
+RESULTS = {
+    "not JSON": ("{", "is damaged"),
+    "deep": ("[" * 100_000, "is damaged"),
+    "a list": ("[1, 2]", "is no result, for its row"),
+    "null": ("null", "is no result, for its row"),
+    "a model that is a path": ({"model": "../../evil"}, "model that timm does not know"),
+    "a model from the hub": ({"model": "hf-hub:evil/model"}, "model that timm does not know"),
+    "no model": ({"model": None}, "model that timm does not know"),
+    "another model": ({"model": "resnet18"}, "does not fit resnet18"),
+    "classes that are a number": ({"classes": 10}, "is no result, for its classes"),
+    "other classes": ({"classes": ["a", "b"]}, "knows 2 classes, not the 10 of digits"),
+    "other images": ({"fingerprint": "0"}, "was trained on other images"),
+    "seed as text": ({"seed": "../../.."}, "is no result, for its seed"),
+    "no digests": ({"files": {}}, "is damaged, for it is not what result.json describes"),
+    "digests that are a list": ({"files": [1]}, "is no result, for its files"),
+}
+
+
+@pytest.mark.parametrize("kind", RESULTS)
+def test_absurd_results(kind, teacher, tmp_path):
+    content, message = RESULTS[kind]
+    file = teacher / "result.json"
+    file.write_text(content if isinstance(content, str) else json.dumps({**json.loads(file.read_text()), **content}))
+    with pytest.raises(UserError, match=message) as error:
+        teach(teacher, tmp_path)
+    assert "\n" not in str(error.value) and not (tmp_path / "results").exists()
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def evil_zip(path: Path, compression: int = zipfile.ZIP_STORED) -> None:
+    torch.save({"model": {"w": torch.zeros(2)}}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry: archive.read(entry) for entry in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in entries.items():
+            stored = compression == zipfile.ZIP_STORED and name.endswith("data.pkl")
+            archive.writestr(name, pickle.dumps(Evil()) if stored else data)
+
+
+FOREIGN = {
+    "pickle": lambda path: path.write_bytes(pickle.dumps(Evil(), protocol=2)),
+    "pickle in torch's zip": evil_zip,
+    "bomb": lambda path: evil_zip(path, zipfile.ZIP_DEFLATED),
+    "whole model": lambda path: torch.save(torch.nn.Linear(2, 2), path),
+    "no state dict": lambda path: torch.save({"model": [1, 2]}, path),
+    "a tensor": lambda path: torch.save(torch.zeros(2), path),
+    "nothing": lambda path: torch.save({}, path),
+    "text": lambda path: path.write_text("404: Not Found"),
+    "empty": lambda path: path.write_bytes(b""),
+    "not there": lambda path: None,
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_foreign_checkpoints_are_refused_and_nothing_in_them_runs(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    FOREIGN[kind](tmp_path / "checkpoint.pth")
+    with pytest.raises(UserError, match=r"checkpoint\.pth (cannot be used: .|is not there)") as error:
+        load_weights(tmp_path / "checkpoint.pth")
+    assert "\n" not in str(error.value) and not Path("executed").exists()
+
+
+def test_public_checkpoints_are_read_bare_or_wrapped(tmp_path):
+    weights = {"conv1.weight": torch.randn(2, 2), "bn1.num_batches_tracked": torch.tensor(3)}
+    for name, content in {
+        "bare": weights,
+        "model": {"model": weights, "epoch": 3},
+        "state_dict": {"state_dict": weights},
+    }.items():
+        torch.save(content, tmp_path / f"{name}.pth", _use_new_zipfile_serialization=name != "bare")
+        loaded = load_weights(tmp_path / f"{name}.pth")
+        assert loaded.keys() == weights.keys() and all(torch.equal(loaded[k], weights[k]) for k in weights)
+
+
+def predictions(**changes) -> dict[str, np.ndarray]:
+    p = np.full((6, 3), 1 / 3, np.float32)
+    return {"best": p, "last": p, "labels": np.arange(6) % 3, **changes}
+
+
+PREDICTIONS = {
+    "pickled": (predictions(best=np.array([Evil()], object)), "allow_pickle"),
+    "not finite": (predictions(best=np.full((6, 3), np.nan, np.float32)), "no probabilities"),
+    "not summing to one": (predictions(last=np.ones((6, 3), np.float32)), "no probabilities"),
+    "other numbers": (predictions(last=np.full((5, 3), 1 / 3)), "do not fit together"),
+    "whole numbers": (predictions(last=np.ones((6, 3), int)), "do not fit together"),
+    "labels out of range": (predictions(labels=np.arange(6)), "do not fit together"),
+    "no labels": ({"best": predictions()["best"]}, "cannot be used"),
+    "nothing": ({}, "it lacks predictions"),
+    "bomb": (predictions(best=np.zeros((3_000_000, 3), np.float32)), "far more than predictions do"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PREDICTIONS)
+def test_predictions_that_are_none(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arrays, message = PREDICTIONS[kind]
+    np.savez_compressed("probabilities.npz", **arrays)
+    with pytest.raises(UserError, match=message):
+        load_probabilities(Path("probabilities.npz"))
+    assert not Path("executed").exists()
+
+
+def test_predictions_that_are_right(finished):
+    assert load_probabilities(finished / "probabilities.npz").keys() == {"best", "last", "labels"}
+
+
+def mutations(data: bytes, count: int):
+    """The file with bytes changed, cut off, repeated or put in, all drawn from one seed."""
+    draw = random.Random(0)
+    for _ in range(count):
+        mutated = bytearray(data)
+        for _ in range(draw.choice((1, 1, 4, 64))):
+            at = draw.randrange(len(mutated) or 1)
+            kind = draw.randrange(5)
+            if kind == 0:
+                mutated[at : at + 1] = bytes([draw.randrange(256)])
+            elif kind == 1:
+                del mutated[at:]
+            elif kind == 2:
+                mutated[at:at] = draw.randbytes(draw.randrange(1, 20))
+            elif kind == 3:
+                mutated[at:at] = mutated[at : at + draw.randrange(1, 200)]
+            else:
+                mutated[at : at + 8] = draw.choice((b"\xff" * 8, b"\x00" * 8, b"1e999", b"null", b"-1", b'"../'))
+        yield bytes(mutated)
+
+
+def read_checkpoint(path: Path) -> None:
+    checkpoint.load(path.parent)
+
+
+READERS = {
+    "result.json": lambda path: read_result(path.parent),
+    "probabilities.npz": load_probabilities,
+    "model.safetensors": load_weights,
+    "model.pth": load_weights,
+    checkpoint.NAMES[0]: read_checkpoint,
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_readers_of_mutated_files_raise_nothing_but_our_own_error(name, finished, tmp_path):
+    path, state = tmp_path / name, {"model": {"w": torch.randn(20, 3), "b": torch.zeros(3)}, "history": [{"a": 1.5}]}
+    if name == "model.pth":
+        torch.save(state["model"], path)
+    elif name == "model.safetensors":
+        safetensors.torch.save_file(state["model"], path)
+    elif name == checkpoint.NAMES[0]:
+        checkpoint.save(tmp_path, state)
+    else:
+        shutil.copy(finished / name, path)
+    refused = 0
+    count = int(os.environ.get("MUTATIONS", 300))
+    for data in mutations(path.read_bytes(), count):
+        path.write_bytes(data)
+        try:
+            READERS[name](path)
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > count / 4

@@ -1,0 +1,304 @@
+"""Kills, signals, full disks, damaged checkpoints, two at once: nothing is lost, and the same command goes on."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, THREE_STEPS, Killed, die, in_epoch, run_row
+
+import checkpoint
+import common
+from command_line import orderly_end
+from run_files import UserError, alone, atomic_write
+
+
+def killed_run(tmp_path, monkeypatch, epoch: int = 3, **settings) -> Path:
+    """A run that died in an epoch. Returns its folder."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        in_epoch(patch, epoch)
+        run_row("student_baseline", tmp_path, **{**THREE_STEPS, **settings})
+    return next(tmp_path.glob("smoke/*/seed*"))
+
+
+def files(path: Path) -> dict[str, object]:
+    """What a run has left, without its times."""
+    found = {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
+    found["history.csv"] = [
+        {**line, "seconds": None} for line in csv.DictReader(found["history.csv"].decode().splitlines())
+    ]
+    result = json.loads(found["result.json"])
+    found["result.json"] = {k: v for k, v in result.items() if k not in ("train_seconds", "images_per_second")}
+    found["result.json"]["settings"]["results_dir"] = None
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict[str, object]:
+    """What the run that the tests below disturb leaves when it is left alone."""
+    os.environ["WANDB_MODE"] = "disabled"
+    return files(run_row("student_baseline", tmp_path_factory.mktemp("whole"), **THREE_STEPS)[1])
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments():
+    command = [sys.executable, ROOT / "benchmarks" / "kills.py", "--kills", "4", "--epochs", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"4 kills, \d of them in the middle of a write", done.stdout)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 75)])
+def test_a_signal_ends_the_run_within_the_step_and_it_resumes(name, code, tmp_path, monkeypatch, capsys, whole):
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        in_epoch(patch, 2, do=lambda: os.kill(os.getpid(), getattr(signal, name)))
+        patch.setattr(sys, "argv", ["student_baseline", "--protocol", "smoke", "--results-dir", str(tmp_path), *FLAGS])
+        common.cli(common.load_recipe("student_baseline"))
+    assert stop.value.code == code and signal.getsignal(signal.SIGTERM) == handler
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"stopped by {name}: the same command goes on after the last finished epoch")
+    folder = next(tmp_path.glob("smoke/*/seed*"))
+    assert len(checkpoint.load(folder)["history"]) == 1
+    assert files(run_row("student_baseline", tmp_path, **THREE_STEPS)[1]) == whole
+
+
+FLAGS = ["--epochs", "3", "--train-size", "96", "--batch-size", "32"]
+
+
+def test_a_signal_closes_wandb_as_preempted(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(common.Tracker, "preempted", lambda self, code: calls.append(code))
+    in_epoch(monkeypatch, 1, do=lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    with pytest.raises(SystemExit), orderly_end():
+        run_row("student_baseline", tmp_path, **THREE_STEPS)
+    assert calls == [75]
+
+
+def flip_a_bit(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 16]) + data[middle + 1 :]
+
+
+DAMAGE = {"cut": lambda data: data[:5000], "empty": lambda data: b"", "bit": flip_a_bit}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(damage, tmp_path, monkeypatch, capsys, whole):
+    folder = killed_run(tmp_path, monkeypatch)
+    path = folder / checkpoint.NAMES[0]
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    assert files(run_row("student_baseline", tmp_path, **THREE_STEPS)[1]) == whole
+    out, err = capsys.readouterr()
+    assert f"warning: {path} is damaged (" in err and "going on from the one before" in err
+    assert "resuming after epoch 1 of 3" in out
+
+
+def test_with_both_checkpoints_damaged_nothing_starts_over(tmp_path, monkeypatch):
+    folder = killed_run(tmp_path, monkeypatch)
+    contents = []
+    for name in checkpoint.NAMES:
+        (folder / name).write_bytes(flip_a_bit((folder / name).read_bytes()))
+        contents.append((folder / name).read_bytes())
+    with pytest.raises(UserError, match=rf"{checkpoint.NAMES[0]} is damaged .* and .* delete {folder} to start"):
+        run_row("student_baseline", tmp_path, **THREE_STEPS)
+    assert [(folder / name).read_bytes() for name in checkpoint.NAMES] == contents
+
+
+def test_a_kill_between_the_two_renames_costs_an_epoch(tmp_path, monkeypatch, whole):
+    folder = killed_run(tmp_path, monkeypatch)
+    os.replace(*(folder / name for name in checkpoint.NAMES))
+    assert files(run_row("student_baseline", tmp_path, **THREE_STEPS)[1]) == whole
+
+
+def test_checkpoints_hold_nested_states_exactly(tmp_path):
+    shared = torch.randn(3, 2)
+    state = {"a": {"b": {"w.x": shared, "n": 1 / 3}, "c": shared}, "list": [{"loss": float("inf")}], "none": None}
+    assert checkpoint.load(tmp_path) is None
+    checkpoint.save(tmp_path, state)
+    checkpoint.save(tmp_path, {**state, "none": 2})
+    loaded = checkpoint.load(tmp_path)
+    assert torch.equal(loaded["a"]["b"].pop("w.x"), shared) and torch.equal(loaded["a"].pop("c"), shared)
+    assert loaded == {"a": {"b": {"n": 1 / 3}}, "list": [{"loss": float("inf")}], "none": 2}
+    (tmp_path / checkpoint.NAMES[0]).unlink()
+    assert checkpoint.load(tmp_path)["none"] is None
+    checkpoint.remove(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_atomic_write_leaves_the_old_file_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(Killed), atomic_write(path) as file:
+        file.write(b"half of the new")
+        die()
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    with atomic_write(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+
+
+# Disks ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def mounted(folder: Path, megabytes: int):
+    """A file system of its own, in memory, at `folder`."""
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", folder], capture_output=True)
+    if mount.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mount.stderr.decode().strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def cover(folder: Path) -> None:
+    """Mount an empty file system over it that cannot be written to."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", folder], check=True)
+
+
+def remount(folder: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
+
+
+def test_a_full_disk_costs_the_epoch_it_fell_in(tmp_path, capsys, whole):
+    disk = tmp_path / "disk"
+    with mounted(disk, 30):  # room for two checkpoints of 11 MB
+        with pytest.raises(SystemExit) as stop, orderly_end():
+            run_row("student_baseline", disk, **THREE_STEPS)
+        assert stop.value.code == 74
+        error = capsys.readouterr().err.splitlines()
+        assert error == ["error: No space left on device; what was finished before is intact"]
+        assert len(checkpoint.load(next(disk.glob("smoke/*/seed*")))["history"]) == 2
+        assert not list(disk.rglob("*.tmp"))
+        remount(disk, "size=100m")
+        assert files(run_row("student_baseline", disk, **THREE_STEPS)[1]) == whole
+
+
+def test_a_drive_that_goes_away_is_one_line(tmp_path, monkeypatch, capsys, whole):
+    disk = tmp_path / "disk"
+    with mounted(disk, 100):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop, orderly_end():
+            in_epoch(
+                patch, 2, do=lambda: subprocess.run([*["mount", "-t", "tmpfs", "-o", "ro", "none"], disk], check=True)
+            )
+            run_row("student_baseline", disk, **THREE_STEPS)
+        subprocess.run(["umount", disk], check=True)
+        assert stop.value.code == 74
+        assert re.fullmatch(r"error: \S+: Read-only file system; what was .* is intact\n", capsys.readouterr().err)
+        assert files(run_row("student_baseline", disk, **THREE_STEPS)[1]) == whole
+        assert "resuming after epoch 1 of 3" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_before_anything_is_trained(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "results"
+    monkeypatch.setattr(common.Run, "_train", lambda *args: pytest.fail("trained"))
+    with mounted(folder, 1):
+        remount(folder, "ro")
+        with pytest.raises(SystemExit) as stop, orderly_end():
+            run_row("student_baseline", folder)
+    assert stop.value.code == 74 and "Read-only file system" in capsys.readouterr().err
+
+
+# Two at once ---------------------------------------------------------------------------------------------
+
+
+def test_the_second_waits_says_for_whom_and_takes_the_result(tmp_path, capsys, monkeypatch):
+    _, folder = run_row("student_baseline", tmp_path)
+    result = (folder / "result.json").rename(tmp_path / "result.json")  # not finished yet
+    code = f"import run_files, pathlib\nwith run_files.alone(pathlib.Path({str(folder)!r})): print('held'); input()"
+    holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        monkeypatch.setattr(common.Run, "_train", lambda *args: pytest.fail("trained a second time"))
+        second = threading.Thread(target=run_row, args=("student_baseline", tmp_path))
+        second.start()
+        out = ""
+        while "waiting" not in out:
+            assert second.is_alive()
+            time.sleep(0.05)
+            out += capsys.readouterr().out
+        assert re.search(rf"process {holder.pid} on \S+ is at work in {folder}: waiting for it", out)
+        result.rename(folder / "result.json")
+    finally:
+        holder.kill()  # a dead process holds no lock
+        holder.wait()
+    second.join(60)
+    assert not second.is_alive()
+    with alone(folder):
+        assert (folder.parent / f".{folder.name}.lock").read_text().startswith(f"{os.getpid()}\n")
+
+
+@pytest.mark.slow
+def test_two_students_at_once_train_their_teacher_once(tmp_path):
+    command = [sys.executable, ROOT / "recipes" / "kd_mixup.py", "--protocol", "smoke", "--epochs", "1"]
+    command += ["--train-size", "96", "--results-dir", tmp_path]
+    students = [
+        subprocess.Popen([*command, "--temperature", t], stdout=subprocess.PIPE, text=True) for t in ("4", "20")
+    ]
+    outs = [student.communicate()[0] for student in students]
+    assert [student.returncode for student in students] == [0, 0]
+    assert len(re.findall("^epoch", "".join(outs), re.MULTILINE)) == 3  # a teacher's and two students'
+
+
+# Training gone wrong -------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_at_once(tmp_path):
+    message = r"the loss is (nan|inf) at step \d of epoch 1, at learning rate 1e\+20: try a smaller --lr$"
+    with pytest.raises(UserError, match=message):
+        run_row("student_baseline", tmp_path, lr=1e20, epochs=3, batch_size=32)
+    assert not list(tmp_path.glob("smoke/*/seed*"))
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
+    folder = killed_run(tmp_path, monkeypatch, epoch=2)
+    before = (folder / checkpoint.NAMES[0]).read_bytes()
+    real, steps = common.Trainer.step, []
+
+    def step(trainer, *batch):
+        loss = real(trainer, *batch)
+        steps.append(loss)
+        if len(steps) == 3:  # after the last loss of epoch 2
+            trainer.model.conv1.weight.data[0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(common.Trainer, "step", step)
+    with pytest.raises(UserError, match="the weights are no longer finite at step 3 of epoch 2, at learning rate 0.01"
+                       r".*; the checkpoint of epoch 1 is still good"):  # fmt: skip
+        run_row("student_baseline", tmp_path, **THREE_STEPS)
+    assert (folder / checkpoint.NAMES[0]).read_bytes() == before
+
+
+def test_out_of_memory_names_the_batch_size(tmp_path, monkeypatch):
+    def step(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(common.Trainer, "step", step)
+    with pytest.raises(UserError, match="cpu ran out of memory at --batch-size 32: try a smaller one"):
+        run_row("student_baseline", tmp_path, **THREE_STEPS)
+
+
+def test_other_versions_than_at_the_start_are_named_and_both_recorded(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "versions", lambda: {**real_versions, "torch": "2.10.0"})
+        killed_run(tmp_path, monkeypatch)
+    result, _ = run_row("student_baseline", tmp_path, **THREE_STEPS)
+    assert f"begun with torch 2.10.0, now {torch.__version__}: result.json names both" in capsys.readouterr().err
+    assert result["versions"] == real_versions
+    [earlier] = result["earlier_versions"]
+    assert earlier == {**real_versions, "torch": "2.10.0", "hardware": result["hardware"]}
+
+
+real_versions = common.versions()
