@@ -24,7 +24,7 @@ import sys
 import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 import checkpoint
 import cifar_models  # noqa: F401 registers its models with timm
+import data_parallel
 from augmentation import AugMix, CutOut, Mix, Standard, normalize  # noqa: F401 recipes use them as common.Mix
 from calibration import calibration_metrics, reliability_diagram, scores_of_run
 from command_line import Interrupted, orderly_end, parse
@@ -292,7 +293,8 @@ def _shared_dataset(
     name: str, data_dir: Path, image_size: int, train_size: int | None, val: tuple | None, device: torch.device
 ) -> Dataset:
     """What the runs of one process train on: read and moved to the device once. `val` is (size, seed)."""
-    dataset = load_dataset(name, data_dir, image_size)
+    with data_parallel.one_after_all():
+        dataset = load_dataset(name, data_dir, image_size)
     if val:
         dataset = dataset.hold_out(*val)
     if train_size and train_size > len(dataset.train_labels):
@@ -306,9 +308,9 @@ def _shared_dataset(
 def run_row(row: str, main: Callable, cfg: Config) -> dict[str, Any]:
     """Train or evaluate one row, unless it is finished. Returns what its `result.json` holds."""
     run = Run(row, cfg)
-    if cfg.overwrite or run.load_result() is None:
+    if cfg.overwrite or data_parallel.from_first(run.load_result) is None:
         main(run.cfg, run)
-    return run.load_result()
+    return data_parallel.from_first(run.load_result)
 
 
 @functools.cache
@@ -352,7 +354,7 @@ class Run:
             raise UserError(f"--results-dir {cfg.results_dir} must not be inside --data-dir {cfg.data_dir}")
         if cfg.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch sees no GPU here; --device cpu goes without")
-        self.device = torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
+        self.device = data_parallel.join("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
         self.model_name: str | None = None  # what is trained; an ensemble trains nothing
         self.sources: list[str] = []  # folders of the teachers or members
         self.needed = "result.json"  # the file for want of which it is trained
@@ -403,21 +405,27 @@ class Run:
             raise UserError(f"--weights takes {len(rows)} numbers, one for each of --members, not all 0")
         paths = self._finished(rows, "probabilities.npz")
         with self._turn() as mine:
-            if mine:
+            if mine and data_parallel.rank() == 0:
                 self._average(paths, weights)
 
     # How it is done --------------------------------------------------------------------------------------
 
     @contextmanager
     def _turn(self) -> Iterator[bool]:
-        """Hold the run's folder against other processes. Whether there is still something to do: another one may have
+        """Hold the run's folder against other runs. Whether there is still something to do: another one may have
         finished the run while this one waited for it."""
-        with alone(self.path):
+
+        def something_to_do() -> bool:
             if self.cfg.overwrite:
                 shutil.rmtree(self.path, ignore_errors=True)
-            done = self.load_result() is not None and (self.path / self.needed).is_file()
-            yield not done
-            checkpoint.remove(self.path)
+            return self.load_result() is None or not (self.path / self.needed).is_file()
+
+        first = data_parallel.rank() == 0  # it holds the folder for all processes of a data-parallel run
+        with alone(self.path) if first else nullcontext():
+            yield data_parallel.from_first(something_to_do)
+            if first:
+                checkpoint.remove(self.path)
+        data_parallel.barrier()
 
     def _train(self, task: TrainingTask, augment: Callable) -> None:
         cfg, trainer, n = self.cfg, self.trainer(task), len(self.data.train_labels)
@@ -427,7 +435,8 @@ class Run:
         predictions = None
         if state["history"]:
             print(f"resuming after epoch {len(state['history'])} of {cfg.epochs}")
-        bar = tqdm(total=cfg.epochs * n, initial=len(state["history"]) * n, unit="img", unit_scale=True, disable=None)
+        done, hidden = len(state["history"]), data_parallel.rank() > 0 or None
+        bar = tqdm(total=cfg.epochs * n, initial=done * n, unit="img", unit_scale=True, disable=hidden)
         try:
             with bar:
                 for epoch in range(len(state["history"]) + 1, cfg.epochs + 1):
@@ -442,6 +451,8 @@ class Run:
             raise
         if predictions is None:  # killed between the last epoch and its result
             predictions, _, _ = self._evaluate(model)
+        if data_parallel.rank():
+            return  # the first process writes
         choices = {"best": state["best"], "last": {"epoch": cfg.epochs, **predictions}}
         if cfg.val_size:
             choices["selected"] = state["selected"]
@@ -449,7 +460,7 @@ class Run:
         save_weights(self.path / "model.safetensors", model.state_dict())
         save_weights(self.path / "best.safetensors", state["best"]["model"])
         speed = {"train_seconds": state["train_seconds"], "images_per_second": n * cfg.epochs / state["train_seconds"]}
-        speed |= {"compile": trainer.compile, "precision": trainer.precision}
+        speed |= {"compile": trainer.compile, "precision": trainer.precision, "processes": data_parallel.size()}
         self._finish(choices, speed, tracker, state["origins"][:-1])
 
     def _epoch(
@@ -473,8 +484,9 @@ class Run:
         columns |= {"seconds": time.perf_counter() - started}
         state["history"].append({"epoch": epoch, "lr": lr, "train_loss": loss, **columns})
         state["train_seconds"] += trained - started
-        checkpoint.save(self.path, {**state, "model": trainer.model.state_dict(), "momentum": trainer.momentum()})
-        write_csv(self.path / "history.csv", state["history"])
+        if data_parallel.rank() == 0:
+            checkpoint.save(self.path, {**state, "model": trainer.model.state_dict(), "momentum": trainer.momentum()})
+            write_csv(self.path / "history.csv", state["history"])
         speed = len(self.data.train_labels) / (trained - started)
         bar.write(
             f"epoch {epoch:3d}/{cfg.epochs}  lr {lr:<7.2g} loss {loss:<8.4g} accuracy {test['accuracy']:6.2%}  "
@@ -522,6 +534,7 @@ class Run:
                 hours = (time.perf_counter() - started) / step * len(batches) * self.cfg.epochs / 3600
                 if epoch == 1 and step == 5 and hours > 1:
                     bar.write(f"{self.row} will take about {hours:,.0f} h on this CPU; --protocol smoke takes a minute")
+        data_parallel.average_batch_norm(trainer.model)
         finite = losses.isfinite().cpu()
         if not finite.all() or not trainer.is_finite():
             step = int(finite.logical_not().nonzero()[0]) if not finite.all() else len(batches) - 1
@@ -547,9 +560,10 @@ class Run:
     def predict(self, model: nn.Module, images: Tensor, batch_size: int = 500) -> Tensor:
         """Softmax outputs for uint8 (N, 3, H, W) images: float32 (N, classes), on the CPU."""
         model.eval()
-        batches = (normalize(batch) for batch in images.split(batch_size))
+        batches = (normalize(batch) for batch in data_parallel.own(images.split(batch_size)))
         logits = [model(batch.contiguous(memory_format=torch.channels_last)).float() for batch in batches]
-        return torch.cat(logits).softmax(1).cpu()
+        own = torch.cat(logits).softmax(1).cpu().split(batch_size) if logits else ()
+        return torch.cat(data_parallel.gather(own))
 
     def load_result(self) -> dict[str, Any] | None:
         """What `result.json` holds, or None if the run is not finished.
@@ -587,7 +601,7 @@ class Run:
             handed_on = {field.name: getattr(self.cfg, field.name) for field in dataclasses.fields(Config)}
             run = Run(row, config_type(main)(**{**handed_on, "overwrite": False}))
             path = run.path
-            if run.load_result() is None or not (path / needed).is_file():
+            if data_parallel.from_first(lambda: run.load_result() is None or not (path / needed).is_file()):
                 print(f"{self.row} needs {row}, which is not in {path} yet: training it first", flush=True)
                 run.needed = needed
                 main(run.cfg, run)  # not run_row: a result whose files are gone stays until the new one is whole
@@ -624,7 +638,7 @@ class Run:
     def _tracker(self, run_id: str) -> Tracker:
         cfg = self.cfg
         return Tracker(
-            cfg.wandb,
+            cfg.wandb if data_parallel.rank() == 0 else "disabled",
             self.path,
             run_id,
             group=self.row,
@@ -636,7 +650,7 @@ class Run:
     def _resume(self, trainer: Trainer) -> dict[str, Any]:
         """What the last checkpoint holds, its weights and momenta put in place; or a fresh start."""
         origin = {**versions(), "hardware": hardware(self.device)}
-        state = checkpoint.load(self.path)
+        state = data_parallel.from_first(lambda: checkpoint.load(self.path))
         if state is None:
             about = {"settings": settings(self.cfg), "fingerprint": self.data.fingerprint, "origins": [origin]}
             return {**about, "history": [], "train_seconds": 0.0, "wandb_id": secrets.token_hex(4)}
@@ -733,6 +747,7 @@ def cli(main: Callable[[Config, Run], None]) -> None:
         cfg = parse(config_type(main), main.__globals__["__doc__"])
         result = run_row(row, main, cfg)
     print(summary(result, Run(row, cfg).path))
+    data_parallel.leave()
 
 
 def summary(result: dict[str, Any], path: Path) -> str:
