@@ -104,7 +104,7 @@ def calibration_metrics(
     safe = count.clamp(min=1)
     bin_accuracy = torch.bincount(bins, correct, n_bins) / safe
     bin_confidence = torch.bincount(bins, confidence, n_bins) / safe
-    gap, weight = bin_confidence - bin_accuracy, count / len(p)
+    gap, weight = bin_confidence - bin_accuracy, count.double() / len(p)
     return CalibrationMetrics(
         accuracy=correct.mean().item(),
         ece=(weight * gap.abs()).sum().item(),

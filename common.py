@@ -63,6 +63,7 @@ from tracking import Tracker
 from training import Compile, Precision, Trainer
 
 ROOT = Path(__file__).resolve().parent
+RESULTS = ROOT / "results"  # those that came with the code
 
 
 # 1. Objectives -------------------------------------------------------------------------------------------
@@ -140,8 +141,12 @@ class Protocol(typing.NamedTuple):
     dataset: str
 
 
+# Files small enough to be published, in half precision, by what they stand in for. Of probabilities it is the
+# logarithms, since half precision has nothing between 0 and 6e-8.
+HALF = {"model.safetensors": "model.fp16.safetensors", "probabilities.npz": "log_probabilities.fp16.npz"}
+
 # What later runs and reports build upon: `result.json` has the SHA-256 of each.
-NEEDED_LATER = ("model.safetensors", "best.safetensors", "selected.safetensors", "probabilities.npz")
+NEEDED_LATER = ("best.safetensors", "selected.safetensors", *HALF, *HALF.values())
 
 PROTOCOLS = {
     "paper": Protocol(500, (150, 180, 210), "cifar100"),
@@ -190,6 +195,9 @@ class Config:
     """where run folders go: <protocol>/<row>/seed<k>, or seed<k>-<hash> for settings that are not the row's own"""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Weights & Biases: auto obeys WANDB_MODE, else is online where a key is configured and offline elsewhere"""
+    teacher_from: Literal["results", "train"] = "results"
+    """where a teacher or member comes from that is not trained yet: results is the half-precision weights published
+    under results/, if there are any, train is its recipe"""
     overwrite: bool = False
     """start this row over, even if it is finished"""
 
@@ -223,6 +231,7 @@ NOT_IDENTITY = {
     "results_dir",
     "wandb",
     "overwrite",
+    "teacher_from",
     "compile",
     "deterministic",
 }
@@ -387,7 +396,7 @@ class Run:
         Raises:
             UserError: no such row, or trained on other classes or images.
         """
-        return Teacher(*(self._load_model(path) for path in self._finished(rows, "model.safetensors")))
+        return Teacher(*(self._load_model(file) for file in self._finished(rows, "model.safetensors")))
 
     def fit(self, task: TrainingTask, augment: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
         """Train `task.trainable_module`, evaluating it after every epoch, and write the run's folder."""
@@ -403,10 +412,10 @@ class Run:
         their last, `selected` of those. Members that are not there yet are trained first, as `teacher` does."""
         if len(rows) != len(weights) or sum(weights) <= 0:
             raise UserError(f"--weights takes {len(rows)} numbers, one for each of --members, not all 0")
-        paths = self._finished(rows, "probabilities.npz")
+        members = self._finished(rows, "probabilities.npz")
         with self._turn() as mine:
             if mine and data_parallel.rank() == 0:
-                self._average(paths, weights)
+                self._average(members, weights)
 
     # How it is done --------------------------------------------------------------------------------------
 
@@ -451,13 +460,16 @@ class Run:
             raise
         if predictions is None:  # killed between the last epoch and its result
             predictions, _, _ = self._evaluate(model)
-        if data_parallel.rank():
-            return  # the first process writes
+        first = data_parallel.rank() == 0  # which writes
+        if first:
+            save_weights(self.path / "model.safetensors", model.state_dict())
+        self._save_half(model, predictions["probabilities"])
+        if not first:
+            return
         choices = {"best": state["best"], "last": {"epoch": cfg.epochs, **predictions}}
         if cfg.val_size:
             choices["selected"] = state["selected"]
             save_weights(self.path / "selected.safetensors", state["selected"]["model"])
-        save_weights(self.path / "model.safetensors", model.state_dict())
         save_weights(self.path / "best.safetensors", state["best"]["model"])
         speed = {"train_seconds": state["train_seconds"], "images_per_second": n * cfg.epochs / state["train_seconds"]}
         speed |= {"compile": trainer.compile, "precision": trainer.precision, "processes": data_parallel.size()}
@@ -498,8 +510,8 @@ class Run:
 
     def _average(self, members: Sequence[Path], weights: Sequence[float]) -> None:
         mean, names = {}, ("best", "last", "selected", "val") if self.cfg.val_size else ("best", "last")
-        for path, weight in zip(members, weights, strict=True):
-            arrays = load_probabilities(path / "probabilities.npz")
+        for file, weight in zip(members, weights, strict=True):
+            arrays = load_probabilities(file)
             for key in names:
                 mean[key] = mean.get(key, 0) + arrays[key].astype(np.float64) * (weight / sum(weights))
         mean = {key: torch.from_numpy(value).float() for key, value in mean.items()}
@@ -588,45 +600,66 @@ class Run:
             )
 
     def _finished(self, rows: Sequence[str], needed: str) -> list[Path]:
-        """Folders of finished runs of these rows on this run's data, each with the file `needed`."""
+        """The file `needed` of finished runs of these rows on this run's data."""
         for row in rows:
             if not (Path(row) / "result.json").is_file():
                 load_recipe(row)  # a wrong name is found before any row is trained
         return [self._finish_row(row, needed) for row in rows]
 
     def _finish_row(self, row: str, needed: str) -> Path:
-        path = Path(row)
-        if not (path / "result.json").is_file():
+        """The same for one row: its own file, else its half-precision one, else it is trained."""
+        file = Path(row, needed)
+        if not (file.parent / "result.json").is_file():
             main = load_recipe(row)
             handed_on = {field.name: getattr(self.cfg, field.name) for field in dataclasses.fields(Config)}
             run = Run(row, config_type(main)(**{**handed_on, "overwrite": False}))
-            path = run.path
-            if data_parallel.from_first(lambda: run.load_result() is None or not (path / needed).is_file()):
-                print(f"{self.row} needs {row}, which is not in {path} yet: training it first", flush=True)
+
+            def found() -> Path:
+                file = run.path / needed
+                if run.load_result() is None or not file.is_file():
+                    file = run.published_file(needed) or file
+                return file
+
+            def to_train() -> bool:
+                return file.parent == run.path and (run.load_result() is None or not file.is_file())
+
+            file = data_parallel.from_first(found)
+            if data_parallel.from_first(to_train):
+                print(f"{self.row} needs {row}, which is not in {run.path} yet: training it first", flush=True)
                 run.needed = needed
                 main(run.cfg, run)  # not run_row: a result whose files are gone stays until the new one is whole
                 print(f"{row} is finished: back to {self.row}", flush=True)
-        if not (path / needed).is_file():
+        path, result = file.parent, read_result(file.parent)
+        if not file.is_file():
             raise UserError(f"{path} has a result.json but no {needed}")
-        result = read_result(path)
         if result["classes"] != list(self.data.classes):
             raise UserError(
                 f"{path} knows {len(result['classes'])} classes, not the {self.num_classes} of {self.cfg.dataset}"
             )
         if result["fingerprint"] != self.data.fingerprint:
             raise UserError(f"{path} was trained on other images than {self.row} is: choose another --results-dir")
-        if sha256(path / needed) != result["files"].get(needed):
+        if sha256(file) != result["files"].get(file.name):
             raise UserError(
-                f"{path / needed} is damaged, for it is not what result.json describes: delete it, and {result['row']} "
+                f"{file} is damaged, for it is not what result.json describes: delete it, and {result['row']} "
                 "is trained again"
             )
         self.sources.append(str(path))
-        return path
+        return file
 
-    def _load_model(self, path: Path) -> nn.Module:
-        name, file = read_result(path)["model"], path / "model.safetensors"
+    def published_file(self, needed: str) -> Path | None:
+        """The half-precision file that stands in for `needed`, in this run's folder or among the published results."""
+        if self.cfg.teacher_from == "train":
+            return None
+        folders = (self.path, RESULTS / self.path.relative_to(self.cfg.results_dir))
+        files = [folder / HALF[needed] for folder in folders if (folder / "result.json").is_file()]
+        return next(filter(Path.is_file, files), None)
+
+    def _load_model(self, file: Path) -> nn.Module:
+        name = read_result(file.parent)["model"]
         if not name or not timm.is_model(name):
-            raise UserError(f"{path / 'result.json'} is of a model that timm does not know here: {str(name)[:100]}")
+            raise UserError(
+                f"{file.parent / 'result.json'} is of a model that timm does not know here: {str(name)[:100]}"
+            )
         model = timm.create_model(name, num_classes=self.num_classes)
         try:
             model.load_state_dict(load_weights(file))
@@ -661,6 +694,20 @@ class Run:
             state["origins"].append(origin)
         return state
 
+    def _save_half(self, model: nn.Module, probabilities: Tensor) -> None:
+        """Weights in half precision, small enough to publish; `model` is left with them. Not where they would change
+        the test accuracy by 0.05 points or more."""
+        weights = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+        model.load_state_dict(weights)
+        predictions = (p.argmax(1) for p in (probabilities, self.predict(model, self.data.test_images)))
+        labels = self.data.test_labels.cpu()
+        accuracies = [(p == labels).double().mean().item() for p in predictions]
+        file = self.path / HALF["model.safetensors"]
+        if data_parallel.rank() == 0:
+            file.unlink(missing_ok=True)
+            if abs(accuracies[1] - accuracies[0]) < 0.0005:
+                save_weights(file, weights)
+
     def _finish(
         self, choices: dict[str, dict[str, Any]], speed: dict[str, Any], tracker: Tracker, earlier: Sequence[dict] = ()
     ) -> None:
@@ -679,6 +726,8 @@ class Run:
         metrics, epoch = calibration_metrics(arrays["best"], arrays["labels"]), choices["best"]["epoch"]
         with atomic_write(self.path / "probabilities.npz") as file:
             np.savez_compressed(file, **arrays)
+        with atomic_write(self.path / HALF["probabilities.npz"]) as file:
+            np.savez_compressed(file, **{k: v.log().half() if v.is_floating_point() else v for k, v in arrays.items()})
         with atomic_write(self.path / "reliability.csv") as file:
             file.write(metrics.bins_csv.encode())
         with atomic_write(self.path / "reliability.png") as file:

@@ -6,7 +6,10 @@ An epoch then needs no files and no worker processes.
 import dataclasses
 import hashlib
 import os
+import shutil
+import socket
 import sys
+import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +22,9 @@ from timm.data import create_dataset
 from torch import Tensor
 from tqdm import tqdm
 
-from run_files import UserError, atomic_write
+from run_files import UserError, alone, atomic_write
 
+DOWNLOAD_TIMEOUT = 60  # seconds without a byte
 CIFAR100_FINGERPRINT = "4734d03245d994a761d6feb843dc22d250ad01e13a1e824ea154be297ba6050a"
 
 
@@ -235,13 +239,25 @@ def _read_torchvision(data_dir: Path) -> Dataset:
 
 
 def _download_cifar100(data_dir: Path) -> None:
+    """Put `cifar-100-python` into `data_dir`, whole or not at all."""
     from torchvision.datasets import CIFAR100
 
-    print(f"CIFAR-100 is not in {data_dir} (--data-dir): downloading it (169 MB)")
+    folder, timeout = data_dir / "cifar-100-python", socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
-        CIFAR100(str(data_dir), download=True)
+        with alone(folder):
+            if folder.is_dir():  # another process had it downloaded meanwhile
+                return
+            print(f"CIFAR-100 is not in {data_dir} (--data-dir): downloading it (169 MB)", flush=True)
+            for unfinished in data_dir.glob(".download-*"):  # of a process that was killed
+                shutil.rmtree(unfinished)
+            with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as temporary:
+                CIFAR100(temporary, download=True)
+                os.replace(Path(temporary, folder.name), folder)
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong checksum is a RuntimeError
         raise UserError(
             f"CIFAR-100 is not in {data_dir} and could not be downloaded ({error}): point --data-dir at a folder "
             "with cifar-100-python/ or {train,test}/<class>/*.png, or try --protocol smoke, which needs no download"
         ) from None
+    finally:
+        socket.setdefaulttimeout(timeout)

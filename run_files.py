@@ -125,6 +125,8 @@ def load_weights(path: Path) -> "dict[str, Tensor]":
 def load_probabilities(path: Path) -> "dict[str, np.ndarray]":
     """What a run's `probabilities.npz` holds: `labels` (n,), and under the other names predictions (n, classes).
 
+    Of `log_probabilities.fp16.npz`, which holds their logarithms in half precision, the same.
+
     Raises:
         UserError: the file is damaged, or its numbers are no probabilities of such labels.
     """
@@ -136,6 +138,10 @@ def load_probabilities(path: Path) -> "dict[str, np.ndarray]":
                 raise ValueError("it would unpack to far more than predictions do")
         with np.load(path) as file:
             arrays = dict(file)
+        if path.name.startswith("log_"):
+            for name in arrays.keys() - {"labels", "val_labels"}:
+                p = np.exp(arrays[name].astype(np.float64))
+                arrays[name] = (p / p.sum(1, keepdims=True)).astype(np.float32)
         for name in arrays.keys() - {"labels", "val_labels"}:
             p, labels = arrays[name], arrays["val_labels" if name == "val" else "labels"]
             fits = p.ndim == 2 and p.dtype.kind == "f" and labels.shape == p.shape[:1] and labels.dtype.kind == "i"

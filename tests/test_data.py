@@ -1,6 +1,13 @@
+import functools
+import hashlib
 import os
 import pickle
 import shutil
+import tarfile
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -103,10 +110,69 @@ def test_missing_folder_names_itself_and_the_flag(tmp_path):
         load_dataset("folder", tmp_path / "here")
 
 
-def test_download_that_fails_says_how_to_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(CIFAR100, "url", "http://127.0.0.1:9/cifar.tar.gz")
+@functools.cache
+def archive() -> bytes:
+    """An archive as CIFAR-100's, of four images."""
+    split = {"data": np.arange(4 * 3072).astype(np.uint8).reshape(4, -1), "fine_labels": [0, 1, 0, 1]}
+    contents = {"train": split, "test": split, "meta": {"fine_label_names": ["ant", "bee"]}}
+    stream = BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as tar:
+        for name, content in contents.items():
+            data = pickle.dumps(content)
+            entry = tarfile.TarInfo(f"cifar-100-python/{name}")
+            entry.size = len(data)
+            tar.addfile(entry, BytesIO(data))
+    return stream.getvalue()
+
+
+class Server(BaseHTTPRequestHandler):
+    """Answers in the way that the address names."""
+
+    def do_GET(self):
+        kind, data = self.path.split("/")[1], archive()
+        if kind == "stalls":
+            time.sleep(2)
+        self.send_response(404 if kind == "refuses" else 200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if kind != "refuses":
+            self.wfile.write({"cut": data[:100], "damaged": data[::-1]}.get(kind, data))
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def download(monkeypatch):
+    """Have torchvision download from a server of ours, which answers in the way that is asked for."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(image_data, "DOWNLOAD_TIMEOUT", 0.3)
+    monkeypatch.setattr(CIFAR100, "tgz_md5", hashlib.md5(archive()).hexdigest())
+    yield lambda kind: monkeypatch.setattr(CIFAR100, "url", f"http://127.0.0.1:{server.server_port}/{kind}/a.tar.gz")
+    server.shutdown()
+
+
+@pytest.mark.parametrize("kind", ["refuses", "stalls", "cut", "damaged", "no server"])
+def test_a_download_that_fails_leaves_nothing_and_says_how_to_go_on(kind, tmp_path, monkeypatch, download):
+    download(kind)
+    if kind == "no server":
+        monkeypatch.setattr(CIFAR100, "url", "http://127.0.0.1:9/a.tar.gz")
     with pytest.raises(UserError, match=r"could not be downloaded.*--data-dir.*--protocol smoke"):
+        load_dataset("cifar100", tmp_path / "data")
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [".cifar-100-python.lock"]
+
+
+def test_a_download_arrives_whole(tmp_path, monkeypatch, download):
+    download("works")
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", None]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", None]])
+    monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": None})
+    monkeypatch.setattr(image_data, "CIFAR100_FINGERPRINT", None)
+    (tmp_path / ".download-killed").mkdir()  # what kill -9 leaves
+    with pytest.raises(UserError, match="is not CIFAR-100: 4 training and 4 test images of 2 classes"):
         load_dataset("cifar100", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".cifar-100-python.lock", "cifar-100-python"]
 
 
 def test_damaged_torchvision_files(tmp_path):

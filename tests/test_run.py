@@ -47,7 +47,7 @@ def test_every_file_is_there_and_consistent(tmp_path):
     result, path = run_row("student_baseline", tmp_path, epochs=2, lr=0.05)
     assert {p.name for p in path.iterdir()} == {
         "result.json", "history.csv", "reliability.png", "reliability.csv", "model.safetensors", "best.safetensors",
-        "probabilities.npz",
+        "probabilities.npz", *common.HALF.values(),
     }  # fmt: skip
     assert json.loads((path / "result.json").read_text()) == result
     assert (result["row"], result["protocol"], result["seed"], result["dataset"]) == (
@@ -124,13 +124,51 @@ def test_a_missing_teacher_is_trained_first_and_only_once(tmp_path, monkeypatch,
     run_row("kd_mixup", tmp_path, seed=3, temperature=4.0)
     assert "needs" not in capsys.readouterr().out
 
-    (teacher / "model.safetensors").unlink()
+    for name in ("model.safetensors", "model.fp16.safetensors"):
+        (teacher / name).unlink()
     with monkeypatch.context() as patch, pytest.raises(Killed):
         in_epoch(patch, 1, steps_an_epoch=1)
         run_row("kd_mixup", tmp_path, seed=3, temperature=5.0)
     assert json.loads((teacher / "result.json").read_text()) == result  # nothing computed is lost
     run_row("kd_mixup", tmp_path, seed=3, temperature=5.0)
     assert "kd_mixup needs teacher_mixup" in capsys.readouterr().out
+
+
+def half_teacher(folder: Path, to: Path) -> Path:
+    """What would be published of a finished teacher."""
+    _, teacher = run_row("teacher_cutmix", folder)
+    to = to / teacher.relative_to(folder)
+    to.mkdir(parents=True)
+    for name in ("result.json", *common.HALF.values()):
+        shutil.copy(teacher / name, to / name)
+    return teacher
+
+
+def test_a_published_teacher_teaches_as_the_one_it_was_made_from(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "published")
+    teacher = half_teacher(tmp_path / "a", tmp_path / "published")
+    halves, whole = (safetensors.torch.load_file(teacher / f"model{x}.safetensors") for x in (".fp16", ""))
+    assert all(torch.allclose(halves[k].float(), w.float(), rtol=1e-3, atol=1e-6) for k, w in whole.items())
+    assert halves["conv1.weight"].dtype == torch.float16
+    result, _ = run_row("kd_cutmix", tmp_path / "b")
+    assert "needs" not in capsys.readouterr().out
+    assert result["sources"] == [str(next((tmp_path / "published").rglob("result.json")).parent)]
+    same, _ = run_row("kd_cutmix", tmp_path / "a")
+    assert result["last"]["nll"] == pytest.approx(same["last"]["nll"], rel=0.02)
+    run_row("kd_cutmix", tmp_path / "b", teacher_from="train", overwrite=True)
+    assert "kd_cutmix needs teacher_cutmix" in capsys.readouterr().out
+    assert common.Run("kd_cutmix", common.config_type(common.load_recipe("kd_cutmix"))(
+        teacher_from="train")).changes == {}  # fmt: skip
+
+
+def test_published_predictions_make_an_ensemble(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "published")
+    half_teacher(tmp_path / "a", tmp_path / "published")
+    settings = dict(members=("teacher_cutmix",), weights=(1.0,))
+    results = [run_row("teacher_ensemble", tmp_path / folder, **settings)[0] for folder in ("a", "b")]
+    assert "needs" not in capsys.readouterr().out
+    for metric in ("nll", "ece", "brier"):
+        assert results[0]["last"][metric] == pytest.approx(results[1]["last"][metric], rel=1e-3)
 
 
 def test_a_teacher_by_its_folder(tmp_path):

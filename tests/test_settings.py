@@ -173,6 +173,9 @@ WRONG = [
     ("teacher_ensemble", "--weights -1 1 1 1 1", "--weights must be 0 or more"),
     ("teacher_ensemble", "--weights 1 1", "--weights takes 5 numbers"),
     ("teacher_ensemble", "--weights 0 0 0 0 0", "--weights takes 5 numbers, one for each of --members, not all 0"),
+    ("kd_augmix", "--teacher", "--teacher"),
+    ("kd_cutout", "--ce-weight much", "--ce-weight"),
+    ("teacher_baseline", "--alpha 1", "--alpha"),
 ]  # fmt: skip
 
 

@@ -23,8 +23,10 @@ SETTINGS = dict(epochs=2, milestones=(1,), train_size=71, batch_size=32, device=
 
 
 def frozen_batch_norm(trainer):
-    """`Run.trainer` for models whose batch norm keeps the statistics of a few images, for shares would differ by it, and
-    which compute in float64, for in float32 rounding alone grows to 1e-4 in six steps."""
+    """`Run.trainer` for models whose batch norm keeps the statistics of a few images, for shares would differ by it.
+
+    They compute in float64: in float32, rounding alone grows to 1e-4 in six steps.
+    """
 
     def with_frozen(self, task):
         norms = [module for module in task.trainable_module.modules() if isinstance(module, nn.BatchNorm2d)]
