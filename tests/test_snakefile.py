@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -75,6 +76,20 @@ def test_variants_and_settings(snakemake):
     assert len(re.findall("recipes/.*--val-size 100.* --seed 0", commands)) == 20
     assert "--config: --val-size must be 1 or more, not 0" in snakemake("-n", config="val_size=0")
     assert "--config: " in (output := snakemake("-n", config="lr=1")) and "--lr" in output
+
+
+README = [
+    shlex.split(line, comments=True) for line in (ROOT / "README.md").read_text().splitlines() if "snakemake -" in line
+]
+
+
+@pytest.mark.parametrize("command", README)
+def test_commands_of_the_readme_plan_every_row(snakemake, monkeypatch, command):
+    command = shlex.split(command, comments=True)
+    assert command[:5] == ["uv", "run", "--extra", "table", "snakemake"]
+    options, config = command[5 : command.index("--config")], command[command.index("--config") + 1 :]
+    options = [str(ROOT / word) if word.startswith("profiles/") else word for word in options]
+    assert planned(snakemake("-n", *options, config=" ".join(config))) == {"table": 1, **dict.fromkeys(ROWS, 3)}
 
 
 def test_a_built_table_is_left_alone(snakemake, built):
