@@ -22,7 +22,7 @@ import sys
 import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 import checkpoint
 import cifar_models  # noqa: F401 registers its models with timm
+import data_parallel
 from augmentation import AugMix, CutOut, Mix, Standard, normalize  # noqa: F401 recipes use them as common.Mix
 from calibration import calibration_metrics, reliability_diagram, scores_of_run
 from command_line import orderly_end, parse
@@ -164,7 +165,7 @@ PROTOCOLS = {
     "paper": Protocol(500, (150, 180, 210), "cifar100"),
     "short": Protocol(240, (150, 180, 210), "cifar100"),
     "quick": Protocol(30, (19, 23, 27), "cifar100"),
-    "smoke": Protocol(8, (5, 6, 7), "digits"),
+    "smoke": Protocol(4, (3,), "digits"),
 }
 
 # A type's bound, in words and as a test; `resolve` holds every setting to it.
@@ -185,7 +186,7 @@ class Config:
     """Settings that a row hands on to the rows it builds upon."""
 
     protocol: Literal["paper", "short", "quick", "smoke"] = "paper"
-    """how long to train: paper is 500 epochs, short 240, quick 30; smoke is 8 on the bundled digits"""
+    """how long to train: paper is 500 epochs, short 240, quick 30; smoke is 4 on the bundled digits"""
     epochs: Count | None = None
     """epochs, if not the protocol's; its milestones then keep their place in proportion"""
     milestones: tuple[Count, ...] | None = None
@@ -324,7 +325,8 @@ def _shared_dataset(
     name: str, data_dir: Path, image_size: int, train_size: int | None, val: tuple | None, device: torch.device
 ) -> Dataset:
     """What the runs of one process train on: read and moved to the device once. `val` is (size, seed)."""
-    dataset = load_dataset(name, data_dir, image_size)
+    with data_parallel.one_after_all():
+        dataset = load_dataset(name, data_dir, image_size)
     if val:
         dataset = dataset.hold_out(*val)
     if train_size and train_size > len(dataset.train_labels):
@@ -339,12 +341,12 @@ def run_row(row: str, main: Callable, cfg: Config) -> dict[str, Any]:
     """Train or evaluate one row, unless it is finished. Returns what its `result.json` holds."""
     run = Run(row, cfg)
     run.sweep = in_sweep()
-    result = run.load_result()
+    result = data_parallel.from_first(run.load_result)
     if cfg.overwrite or result is None:
         main(run.cfg, run)
     elif run.sweep:
         run.report(result)
-    return run.load_result()
+    return data_parallel.from_first(run.load_result)
 
 
 @functools.cache
@@ -386,7 +388,7 @@ class Run:
             raise UserError(f"--results-dir {cfg.results_dir} must not be inside --data-dir {cfg.data_dir}")
         if cfg.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch sees no GPU here; --device cpu goes without")
-        self.device = torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
+        self.device = data_parallel.join("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
         self.model_name: str | None = None  # what is trained; an ensemble trains nothing
         self.sources: list[str] = []  # the teachers or members: folders, or artifacts in W&B
         self.sweep = False  # whether it is the run that a W&B agent asked for, not one that is trained on its way
@@ -438,21 +440,27 @@ class Run:
             raise UserError(f"--weights takes {len(rows)} numbers, one for each of --members, not all 0")
         members = self._finished(rows, "probabilities.npz")
         with self._turn() as mine:
-            if mine:
+            if mine and data_parallel.rank() == 0:
                 self._average(members, weights)
 
     # How it is done --------------------------------------------------------------------------------------
 
     @contextmanager
     def _turn(self) -> Iterator[bool]:
-        """Hold the run's folder against other processes. Whether there is still something to do: another one may have
+        """Hold the run's folder against other runs. Whether there is still something to do: another one may have
         finished the run while this one waited for it."""
-        with alone(self.path):
+
+        def something_to_do() -> bool:
             if self.cfg.overwrite:
                 shutil.rmtree(self.path, ignore_errors=True)
-            done = self.load_result() is not None and (self.path / self.needed).is_file()
-            yield not done
-            checkpoint.remove(self.path)
+            return self.load_result() is None or not (self.path / self.needed).is_file()
+
+        first = data_parallel.rank() == 0  # it holds the folder for all processes of a data-parallel run
+        with alone(self.path) if first else nullcontext():
+            yield data_parallel.from_first(something_to_do)
+            if first:
+                checkpoint.remove(self.path)
+        data_parallel.barrier()
 
     def _train(self, task: TrainingTask, augment: Callable) -> None:
         cfg, trainer, n = self.cfg, self.trainer(task), len(self.data.train_labels)
@@ -462,7 +470,8 @@ class Run:
         predictions = None
         if state["history"]:
             print(f"resuming after epoch {len(state['history'])} of {cfg.epochs}")
-        bar = tqdm(total=cfg.epochs * n, initial=len(state["history"]) * n, unit="img", unit_scale=True, disable=None)
+        done, hidden = len(state["history"]), data_parallel.rank() > 0 or None
+        bar = tqdm(total=cfg.epochs * n, initial=done * n, unit="img", unit_scale=True, disable=hidden)
         try:
             with bar, tracker:
                 for epoch in range(len(state["history"]) + 1, cfg.epochs + 1):
@@ -474,15 +483,19 @@ class Run:
             ) from None
         if predictions is None:  # killed between the last epoch and its result
             predictions, _, _ = self._evaluate(model)
+        first = data_parallel.rank() == 0  # which writes
+        if first:
+            save_weights(self.path / "model.safetensors", model.state_dict())
+        self._save_half(model, predictions["probabilities"])
+        if not first:
+            return
         choices = {"best": state["best"], "last": {"epoch": cfg.epochs, **predictions}}
         if cfg.val_size:
             choices["selected"] = state["selected"]
             save_weights(self.path / "selected.safetensors", state["selected"]["model"])
-        save_weights(self.path / "model.safetensors", model.state_dict())
-        self._save_half(model, choices["last"]["probabilities"])
         save_weights(self.path / "best.safetensors", state["best"]["model"])
         speed = {"train_seconds": state["train_seconds"], "images_per_second": n * cfg.epochs / state["train_seconds"]}
-        speed |= {"compile": trainer.compile, "precision": trainer.precision}
+        speed |= {"compile": trainer.compile, "precision": trainer.precision, "processes": data_parallel.size()}
         self._finish(choices, speed, tracker, state["origins"][:-1])
 
     def _epoch(
@@ -505,8 +518,9 @@ class Run:
         columns |= {"seconds": time.perf_counter() - started}
         state["history"].append({"epoch": epoch, "lr": lr, **losses, **columns})
         state["train_seconds"] += trained - started
-        checkpoint.save(self.path, {**state, "model": trainer.model.state_dict(), "momentum": trainer.momentum()})
-        write_csv(self.path / "history.csv", state["history"])
+        if data_parallel.rank() == 0:
+            checkpoint.save(self.path, {**state, "model": trainer.model.state_dict(), "momentum": trainer.momentum()})
+            write_csv(self.path / "history.csv", state["history"])
         speed = len(self.data.train_labels) / (trained - started)
         bar.write(
             f"epoch {epoch:3d}/{cfg.epochs}  lr {lr:<7.2g} loss {losses['train_loss']:<8.4g} "
@@ -556,6 +570,7 @@ class Run:
                 hours = (time.perf_counter() - started) / step * len(batches) * self.cfg.epochs / 3600
                 if epoch == 1 and step == 5 and hours > 1:
                     bar.write(f"{self.row} will take about {hours:,.0f} h on this CPU; --protocol smoke takes a minute")
+        data_parallel.average_batch_norm(trainer.model)
         finite = losses.isfinite().cpu()
         if not finite.all() or not trainer.is_finite():
             step = int(finite.logical_not().nonzero()[0]) if not finite.all() else len(batches) - 1
@@ -582,9 +597,10 @@ class Run:
     def predict(self, model: nn.Module, images: Tensor, batch_size: int = 500) -> Tensor:
         """Softmax outputs for uint8 (N, 3, H, W) images: float32 (N, classes), on the CPU."""
         model.eval()
-        batches = (normalize(batch) for batch in images.split(batch_size))
+        batches = (normalize(batch) for batch in data_parallel.own(images.split(batch_size)))
         logits = [model(batch.contiguous(memory_format=torch.channels_last)).float() for batch in batches]
-        return torch.cat(logits).softmax(1).cpu()
+        own = torch.cat(logits).softmax(1).cpu().split(batch_size) if logits else ()
+        return torch.cat(data_parallel.gather(own))
 
     def load_result(self) -> dict[str, Any] | None:
         """What `result.json` holds, or None if the run is not finished.
@@ -623,10 +639,18 @@ class Run:
             main = load_recipe(row)
             handed_on = {field.name: getattr(self.cfg, field.name) for field in dataclasses.fields(Config)}
             run = Run(row, config_type(main)(**{**handed_on, "overwrite": False}))
-            file = run.path / needed
-            if run.load_result() is None or not file.is_file():
-                file = run.published_file(needed) or file
-            if file.parent == run.path and (run.load_result() is None or not file.is_file()):
+
+            def found() -> Path:
+                file = run.path / needed
+                if run.load_result() is None or not file.is_file():
+                    file = run.published_file(needed) or file
+                return file
+
+            def to_train() -> bool:
+                return file.parent == run.path and (run.load_result() is None or not file.is_file())
+
+            file = data_parallel.from_first(found)
+            if data_parallel.from_first(to_train):
                 print(f"{self.row} needs {row}, which is not in {run.path} yet: training it first", flush=True)
                 run.needed = needed
                 main(run.cfg, run)  # not run_row: a result whose files are gone stays until the new one is whole
@@ -698,7 +722,7 @@ class Run:
     def _resume(self, trainer: Trainer) -> dict[str, Any]:
         """What the last checkpoint holds, its weights and momenta put in place; or a fresh start."""
         origin = {**versions(), "hardware": hardware(self.device)}
-        state = checkpoint.load(self.path)
+        state = data_parallel.from_first(lambda: checkpoint.load(self.path))
         if state is None:
             about = {"settings": settings(self.cfg), "fingerprint": self.data.fingerprint, "origins": [origin]}
             return {**about, "history": [], "train_seconds": 0.0}
@@ -718,9 +742,10 @@ class Run:
         labels = self.data.test_labels.cpu()
         accuracies = [(p == labels).double().mean().item() for p in predictions]
         file = self.path / HALF["model.safetensors"]
-        file.unlink(missing_ok=True)
-        if abs(accuracies[1] - accuracies[0]) < 0.0005:
-            save_weights(file, weights)
+        if data_parallel.rank() == 0:
+            file.unlink(missing_ok=True)
+            if abs(accuracies[1] - accuracies[0]) < 0.0005:
+                save_weights(file, weights)
 
     def _finish(
         self, choices: dict[str, dict[str, Any]], speed: dict[str, Any], tracker: Tracker, earlier: Sequence[dict] = ()
@@ -811,6 +836,7 @@ def cli(main: Callable[[Config, Run], None]) -> None:
         cfg = parse(config_type(main), main.__globals__["__doc__"])
         result = run_row(row, main, cfg)
     print(summary(result, Run(row, cfg).path))
+    data_parallel.leave()
 
 
 def summary(result: dict[str, Any], path: Path) -> str:

@@ -8,6 +8,9 @@ from typing import Literal
 import torch
 from timm.task import TrainingTask
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import data_parallel
 
 Compile = Literal["auto", "off", "default", "reduce-overhead", "max-autotune-no-cudagraphs"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -21,7 +24,8 @@ AUTO_COMPILE = {"cpu": ("off", 0), "cuda": ("reduce-overhead", 2_000_000)}
 class Trainer:
     """A task on its device with its optimiser, SGD.
 
-    Everything is channels last and the optimiser fused. On a GPU a step never waits for the device.
+    Everything is channels last and the optimiser fused. On a GPU a step never waits for the device. Where there are
+    several processes, each trains on its share of a batch; on GPUs, batch norm has the statistics of the whole batch.
 
     Args:
         task: what is trained; its modules are moved, and wrapped for precision and compilation.
@@ -45,6 +49,8 @@ class Trainer:
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
+        if data_parallel.size() > 1 and device.type == "cuda":
+            task.trainable_module = nn.SyncBatchNorm.convert_sync_batchnorm(task.trainable_module)
         self.task = task.to(device, memory_format=torch.channels_last)
         self.model = task.trainable_module
         self.parts: dict[str, Tensor] = {}
@@ -54,16 +60,21 @@ class Trainer:
             precision = "bf16" if device.type == "cuda" else "fp32"
         if compile == "auto":
             mode, worth_it = AUTO_COMPILE[device.type]
-            compile = mode if images >= worth_it and has_compiler() else "off"
+            compile = mode if images >= worth_it and has_compiler() and data_parallel.size() == 1 else "off"
         self.compile, self.precision = compile, precision
         if precision == "bf16":
             for model in (self.model, *(teacher.model for teacher in [getattr(task, "teacher", None)] if teacher)):
                 autocast(model, device)
         if compile != "off":
             task.compile(mode=compile, dynamic=False)
+        if data_parallel.size() > 1:
+            task.prepare_distributed([device] if device.type == "cuda" else None, broadcast_buffers=False)
+            if not isinstance(task.trainable_module, DistributedDataParallel):
+                raise TypeError(f"{type(task).__name__}.prepare_distributed has to wrap its trainable_module")
 
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """One step on a batch of normalised images. Returns the loss, on the device."""
+        """One step on a batch of normalised images. Returns its mean loss, on the device."""
+        inputs, targets, weight = data_parallel.share(inputs, targets)
         self.shape = self.shape or inputs.shape
         plain = nullcontext()
         if self.compile != "off" and inputs.shape != self.shape:
@@ -72,11 +83,13 @@ class Trainer:
             torch.compiler.cudagraph_mark_step_begin()
         with plain:
             result = self.task(inputs.contiguous(memory_format=torch.channels_last), targets)
-            result["loss"].backward()
+            (result["loss"] * weight).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()  # at the end: CUDA graphs write the next gradients to the same place
-        self.parts = {name: value.detach() for name, value in result.items() if name.endswith("_loss")}
-        return result["loss"].detach()
+        losses = {k: data_parallel.mean(v.detach() * weight) for k, v in result.items() if k.endswith("loss")}
+        loss = losses.pop("loss")
+        self.parts = losses
+        return loss
 
     def momentum(self) -> dict[str, Tensor]:
         """The optimiser's state, by the parameters' names. Empty before the first step, and with --momentum 0."""

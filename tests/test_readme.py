@@ -38,7 +38,7 @@ def test_the_two_commands_come_first():
     assert COMMANDS[:2] == [["uv", "run", "recipes/kd_cutmix.py", "--protocol", "smoke"], ["uv", "run", "pytest"]]
 
 
-@pytest.mark.parametrize("command", COMMANDS[2:], ids=" ".join)
+@pytest.mark.parametrize("command", [command for command in COMMANDS[2:] if command[2].endswith(".py")], ids=" ".join)
 def test_command(command, results, tmp_path, image_folder, monkeypatch):
     """Each with its own arguments, at the smallest size: an epoch over a few digits, or a few images of one's own."""
     assert command[:2] == ["uv", "run"]

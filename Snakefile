@@ -1,0 +1,116 @@
+"""The whole table as one graph, for Snakemake: each run is a job, with its teachers or members for input.
+
+    uv run --extra table snakemake --cores 2 --config protocol=smoke seeds=3
+
+`--config` takes `seeds` (how many, from 0), `variants=true` for the published variants too, `jobs_per_gpu`, and every
+setting that a row hands on (`protocol`, `data_dir`, `val_size`, ...: `common.Config`). What a row builds upon is in its
+recipe: the fields `teacher`, `teachers` and `members` of its settings are asked. docs/cluster.md has the rest.
+"""
+
+import re
+import shlex
+import signal
+import sys
+
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a cluster's warning is for the run, not for the Snakemake around it
+sys.path.insert(0, workflow.basedir)
+
+import common
+from command_line import parse as parse_flags  # `parse` is a name of Snakemake's own, as `report` is
+from report import sort_into_rows
+from run_files import UserError
+
+OWN = {"seeds", "variants", "jobs_per_gpu"}
+FLAGS = [
+    word
+    for name, value in config.items()
+    if name not in OWN
+    for word in (f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value]))
+]
+SEEDS = range(int(config.get("seeds", 3)))
+ONE_GPU = [sys.executable, str(common.ROOT / "one_gpu.py"), str(config.get("jobs_per_gpu", 1))]
+WEIGHTS, PROBABILITIES = "model.safetensors", "probabilities.npz"
+NEEDED = {"teacher": WEIGHTS, "teachers": WEIGHTS, "members": PROBABILITIES}  # setting: which of their files is used
+
+
+def recipe(row):
+    return str(common.ROOT / "recipes" / f"{row}.py")
+
+
+def configured(row, variant=""):
+    """A row's run with seed 0, and its folder with any."""
+    cfg = parse_flags(common.config_type(common.load_recipe(row)), args=[*FLAGS, *shlex.split(variant)])
+    run = common.Run(row, cfg)
+    return run, str(run.path.with_name(run.path.name.replace("seed0", "seed{seed}", 1)))
+
+
+def needed(run):
+    """The files of other runs that this one reads."""
+    for setting, file in NEEDED.items():
+        rows = getattr(run.cfg, setting, ())
+        for row in [rows] if isinstance(rows, str) else rows:
+            yield f"{row if Path(row, file).is_file() else configured(row)[1]}/{file}"
+
+
+try:
+    recipes = sorted(path.stem for path in Path(workflow.basedir, "recipes").glob("*.py"))
+    variants = [(line.row, line.flags) for line in sort_into_rows([])[0] if line.changes]
+    JOBS = {(row, flags): configured(row, flags) for row, flags in [(row, "") for row in recipes] + variants}
+except UserError as error:
+    raise WorkflowError(f"--config: {error}")
+
+IN_TABLE = [path for (_, flags), (_, path) in JOBS.items() if not flags or config.get("variants")]
+RESULTS = [f"{path.format(seed=seed)}/result.json" for path in IN_TABLE for seed in SEEDS]
+ANY = next(run.cfg for run, _ in JOBS.values())
+REPORT = ANY.results_dir / ANY.protocol
+REPORT_FLAGS = ["--protocol", ANY.protocol, "--results-dir", str(ANY.results_dir)]
+
+
+wildcard_constraints:
+    seed=r"\d+",
+
+
+rule all:  # results by name: Snakemake builds what a target lacks, but not what a table was once made from
+    input:
+        RESULTS,
+        REPORT / "table.md",
+
+
+rule table:
+    input:
+        RESULTS,
+    output:
+        REPORT / "table.md",
+        REPORT / "table.csv",
+        REPORT / "figures" / "sources.json",
+    log:
+        REPORT / "report.log",
+    params:
+        command=shlex.join([sys.executable, f"{common.ROOT}/report.py", *REPORT_FLAGS]),
+    shell:
+        "{params.command} > {log} 2>&1"
+
+
+for (row, flags), (run, path) in JOBS.items():
+    rule:
+        name:
+            re.sub(r"\W+", "_", row + flags)
+        input:
+            recipe(row),
+            list(needed(run)),
+        output:
+            [f"{path}/{name}" for name in ("result.json", PROBABILITIES, *[WEIGHTS] * hasattr(run.cfg, "lr"))],
+        log:
+            f"{path}/run.log",
+        params:
+            command=shlex.join([*ONE_GPU, sys.executable, recipe(row), *FLAGS, *shlex.split(flags)]),
+        shell:
+            "exec {params.command} --seed {wildcards.seed} > {log} 2>&1"
+
+
+onerror:
+    for path, seed in [(path, seed) for _, path in JOBS.values() for seed in SEEDS]:
+        folder = Path(path.format(seed=seed))
+        if (folder / "run.log").is_file() and not (folder / "result.json").is_file():
+            last_line = ((folder / "run.log").read_text().splitlines() or [""])[-1]
+            print(f"not finished: {folder}: {last_line}", file=sys.stderr)

@@ -1,0 +1,139 @@
+"""One run by several processes: what `torchrun --nproc-per-node N recipes/<row>.py` starts.
+
+Every process draws the same order of the images and the same augmentation of the whole batch, then trains on its share
+of it. So the run is the same one however many processes it has: the same global batches, the same learning rate, every
+image once an epoch, MixUp's and CutMix's partners from the whole batch, and a checkpoint that any number of processes
+goes on from. What it costs is that each process augments all the images, which takes a few hundredths of a step.
+
+Outside torchrun there is one process, rank 0, and every function here does nothing.
+"""
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from timm.utils.distributed import distribute_bn, world_info_from_env
+from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+
+Result = TypeVar("Result")
+
+
+@functools.cache
+def join(device: str) -> torch.device:
+    """Join the other processes, if torchrun started this one. Returns the device of this process, `device` a type.
+
+    timm's `init_distributed_device` would do, but for two things. Within a Slurm job it believes Slurm's ranks and not
+    torchrun's. And when torchrun starts all processes again after one died, they get the same key-value store as before
+    and look for each other where the dead ones were; so here each start has keys of its own. (On one machine: machines
+    do not count restarts alike.)
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return torch.device(device)
+    os.environ.pop("SLURM_PROCID", None)
+    local_rank, rank, size = world_info_from_env()
+    own = torch.device(device, local_rank if device == "cuda" else None)
+    if device == "cuda":
+        torch.cuda.set_device(own)
+    store, _, _ = next(rendezvous("env://"))
+    if os.environ["GROUP_WORLD_SIZE"] == "1":
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=size)
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 what goes well is told once
+    return own
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number; the one with 0 writes files, shows the progress and is tracked."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def from_first(compute: Callable[[], Result]) -> Result:
+    """What the first process computes, for all of them: so they agree on what a file says that another may change."""
+    if size() == 1:
+        return compute()
+    result = [compute() if rank() == 0 else None]
+    dist.broadcast_object_list(result)
+    return result[0]
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    if size() > 1:
+        dist.barrier()
+
+
+@contextmanager
+def one_after_all() -> Iterator[None]:
+    """Let the first process of each machine through before the others: for what it downloads and they then find."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
+        barrier()
+    yield
+    if first:
+        barrier()
+
+
+def share(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, float]:
+    """This process's part of a batch, and what its mean loss counts for.
+
+    The gradients of the processes are averaged. So that their average is the gradient of the batch's mean loss, however
+    unevenly the batch falls, each loss counts for (images here) * (processes) / (images in the batch).
+
+    Args:
+        inputs: (views * B, ...), the views of all images one after the other.
+        targets: (B,) or (B, classes).
+    """
+    if size() == 1:
+        return inputs, targets, 1.0
+    n = len(targets)
+    start, end = (n * r // size() for r in (rank(), rank() + 1))
+    weight = (end - start) * size() / n
+    if start == end:  # fewer images than processes: every one has to take part, with an image that counts for nothing
+        start, end = 0, 1
+    views = inputs.view(-1, n, *inputs.shape[1:])[:, start:end]
+    return views.flatten(0, 1), targets[start:end], weight
+
+
+def mean(value: Tensor) -> Tensor:
+    """The mean over the processes."""
+    if size() > 1:
+        dist.all_reduce(value)
+        value /= size()
+    return value
+
+
+def own(items: Sequence[Any]) -> Sequence[Any]:
+    """Every `size()`-th item, from the rank on."""
+    return items[rank() :: size()]
+
+
+def gather(items: Sequence[Any]) -> Sequence[Any]:
+    """The items of all processes, in the order in which `own` dealt them."""
+    if size() == 1:
+        return items
+    dealt = [None] * size()
+    dist.all_gather_object(dealt, items)
+    return [hand[i] for i in range(len(dealt[0])) for hand in dealt if i < len(hand)]
+
+
+def average_batch_norm(model: nn.Module) -> None:
+    """Give all processes the mean of their running statistics."""
+    if size() > 1:
+        distribute_bn(model, size(), reduce=True)

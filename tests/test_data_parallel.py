@@ -1,0 +1,120 @@
+"""Two processes of torchrun do what one does."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT, run_row
+from two_processes import ROWS, SETTINGS, frozen_batch_norm
+
+import common
+import data_parallel
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """Results of two processes, one of which was killed once."""
+    results = tmp_path_factory.mktemp("together")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    command = [*torchrun, ROOT / "tests" / "two_processes.py", results]
+    return results, subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+def mark_two_processes(test):
+    """Slow, and all in one worker for the sake of their one fixture."""
+    return pytest.mark.slow(pytest.mark.xdist_group("torchrun")(test))
+
+
+def read(folder: Path) -> tuple[dict, list[dict], dict, dict]:
+    """Result, history without times, weights and probabilities."""
+    history = [{**line, "seconds": ""} for line in csv.DictReader((folder / "history.csv").open())]
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    return json.loads((folder / "result.json").read_text()), history, weights, np.load(folder / "probabilities.npz")
+
+
+def assert_close(ours: Path, expected: Path) -> None:
+    """The same run but for the order in which floating-point numbers were added up."""
+    result, history, weights, probabilities = read(ours)
+    _, expected_history, expected_weights, expected_probabilities = read(expected)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, expected_weights[name], atol=1e-9, rtol=1e-6)
+    begin = common.timm.create_model(result["model"], num_classes=10).state_dict()
+    assert max((weights[name] - begin[name]).abs().max() for name in begin) > 1e-3
+    for lines in zip(history, expected_history, strict=True):
+        numbers, expected_numbers = ({k: float(v) for k, v in line.items() if v} for line in lines)
+        assert numbers == pytest.approx(expected_numbers, rel=1e-5, abs=1e-6)
+    np.testing.assert_allclose(probabilities["last"], expected_probabilities["last"], atol=1e-6)
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """`run_row` as two_processes.py has it."""
+    monkeypatch.setattr(common.Run, "trainer", frozen_batch_norm(common.Run.trainer))
+    return lambda row, results, **settings: run_row(row, results, **SETTINGS, **ROWS.get(row, {}), **settings)[1]
+
+
+@mark_two_processes
+@pytest.mark.parametrize("row", ["kd_cutmix", "teacher_augmix"])
+def test_two_processes_take_the_steps_of_one(together, one_process, tmp_path, row):
+    """Same order of the images, same augmentation, and the gradient of the whole batch: 16, 16 and 7 or, mixed, 6."""
+    results, done = together
+    assert done.returncode == 0, done.stderr
+    alone = one_process(row, tmp_path)
+    if row == "kd_cutmix":  # and its teacher, trained by both before it
+        (teacher,) = (alone.parent.parent / "teacher_cutmix").glob("seed0*")
+        assert_close(results / teacher.relative_to(tmp_path), teacher)
+    assert_close(results / alone.relative_to(tmp_path), alone)
+
+
+@mark_two_processes
+def test_a_killed_process_is_restarted_and_the_run_goes_on(together, one_process, tmp_path):
+    results, done = together
+    assert "exitcode: -9" in done.stderr
+    assert done.stdout.count("resuming after epoch 1 of 2") == done.stdout.count("last line") == 1  # of two processes
+    alone = one_process("student_baseline", tmp_path)
+    again = results / alone.relative_to(tmp_path)
+    assert_close(again, alone)
+    assert json.loads((again / "result.json").read_text())["processes"] == 2 and not list(again.glob("checkpoint*"))
+
+
+@mark_two_processes
+def test_one_process_goes_on_where_two_stopped(together, one_process, tmp_path, capsys):
+    results, _ = together
+    resumed = one_process("student_baseline", results, seed=1)
+    assert "resuming after epoch 1 of 2" in capsys.readouterr().out
+    assert_close(resumed, one_process("student_baseline", tmp_path, seed=1))
+    assert json.loads((resumed / "result.json").read_text())["processes"] == 1
+
+
+@pytest.mark.parametrize(("n", "processes"), [(7, 2), (8, 3), (2, 4), (1, 2), (64, 8)])
+@pytest.mark.parametrize("views", [1, 3])
+def test_shares_are_the_batch(monkeypatch, n, processes, views):
+    """Every image once, and weights by which the average of the shares' means is the batch's mean."""
+    inputs = torch.arange(float(views * n)).view(-1, 1, 1, 1)
+    monkeypatch.setattr(data_parallel, "size", lambda: processes)
+    total, seen = 0.0, []
+    for rank in range(processes):
+        monkeypatch.setattr(data_parallel, "rank", lambda rank=rank: rank)
+        x, y, weight = data_parallel.share(inputs, torch.arange(n))
+        assert x.shape[0] == views * len(y) > 0
+        assert (x.view(views, -1) == y + n * torch.arange(views).view(-1, 1)).all()
+        total += weight * x.mean().item() / processes
+        seen += y.tolist() if weight else []
+    assert total == pytest.approx(inputs.mean().item()) and seen == list(range(n))
+
+
+@pytest.mark.parametrize("n", [0, 1, 5, 6])
+def test_what_is_dealt_comes_back_in_order(monkeypatch, n):
+    monkeypatch.setattr(data_parallel, "size", lambda: 3)
+    hands = []
+    for rank in range(3):
+        monkeypatch.setattr(data_parallel, "rank", lambda rank=rank: rank)
+        hands.append(data_parallel.own(list(range(n))))
+    monkeypatch.setattr(data_parallel.dist, "all_gather_object", lambda out, mine: out.__setitem__(slice(None), hands))
+    assert data_parallel.gather(hands[0]) == list(range(n))

@@ -1,0 +1,177 @@
+"""The graph of the table: what is built from what, what is built again, and on which GPU."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, ROWS
+
+import one_gpu
+
+STUDENTS = {"kd_vanilla", "kd_mixup", "kd_cutmix", "kd_cutout", "kd_augmix"}
+FROM_CUTMIX = {"kd_cutmix", "kd_ensemble_add_loss", "kd_ensemble_avg_loss", "kd_ensemble_avg_softmax"}
+
+
+@pytest.fixture
+def snakemake(tmp_path, monkeypatch, capfd):
+    """Snakemake's command line, in this process, which has torch imported already. Returns what it printed."""
+    cli = pytest.importorskip("snakemake.cli", reason="snakemake is not installed: uv sync --extra table")
+    monkeypatch.chdir(tmp_path)
+
+    start = ["--snakefile", str(ROOT / "Snakefile"), "--cores", "2"]
+
+    def run(*args: str, config: str = "seeds=2") -> str:
+        capfd.readouterr()
+        with pytest.raises(SystemExit):
+            cli.main([*start, *args, "--config", "protocol=smoke", "wandb=disabled", *config.split()])
+        return "".join(capfd.readouterr())
+
+    return run
+
+
+def planned(output: str) -> Counter:
+    """Rule -> number of jobs, from a dry run."""
+    if "Nothing to be done" in output:
+        return Counter()
+    table = output.split("Job stats:")[1].split("\n\n")[0]
+    jobs = {name: int(n) for name, n in re.findall(r"^(\w+) +(\d+)$", table, re.M)}
+    return Counter({name: n for name, n in jobs.items() if name not in {"all", "total"}})
+
+
+@pytest.fixture
+def built(snakemake) -> list[Path]:
+    """All files of a table with two seeds, newer than the recipes and otherwise empty."""
+    newest = max(path.stat().st_mtime for path in (ROOT / "recipes").glob("*.py"))
+    lines = snakemake("--summary").split("output_file\t")[1].splitlines()[1:]
+    files = [Path(line.split("\t")[0]) for line in lines if line.startswith("results/")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        os.utime(file, (newest + 10, newest + 10))
+    return files
+
+
+def test_the_graph_has_every_row_and_what_it_builds_upon(snakemake):
+    assert planned(snakemake("-n")) == {"table": 1, **dict.fromkeys(ROWS, 2)}
+    dot = snakemake("--rulegraph")
+    names = dict(re.findall(r"^\s+(\d+)\[label = \"(\w+)\"", dot, re.M))
+    edges = {(names[a], names[b]) for a, b in re.findall(r"(\d+) -> (\d+)", dot) if names[b] != "all"}
+    assert {a for a, b in edges if b == "kd_cutmix"} == {"teacher_cutmix"}
+    assert {a for a, b in edges if b == "student_ensemble"} == STUDENTS
+    assert {b for a, b in edges if a == "teacher_cutmix"} == FROM_CUTMIX | {"teacher_ensemble", "table"}
+    assert {a for a, b in edges if b == "table"} == set(ROWS)
+
+
+def test_variants_and_settings(snakemake):
+    jobs = planned(snakemake("-n", config="seeds=1 variants=true val_size=100"))
+    tempered = ("kd_vanilla", "kd_ensemble_add_loss", "kd_ensemble_avg_loss")
+    variants = ["teacher_ensemble_weights_1_1_1_1_1", *(f"{row}_temperature_4" for row in tempered)]
+    assert jobs == dict.fromkeys(["table", *ROWS, *variants], 1)
+    commands = snakemake("-n", "-p", config="seeds=1 variants=true val_size=100")
+    assert len(re.findall("recipes/.*--val-size 100.* --seed 0", commands)) == 20
+    assert "--config: --val-size must be 1 or more, not 0" in snakemake("-n", config="val_size=0")
+    assert "--config: " in (output := snakemake("-n", config="lr=1")) and "--lr" in output
+
+
+README = [
+    shlex.split(line, comments=True) for line in (ROOT / "README.md").read_text().splitlines() if "snakemake -" in line
+]
+
+
+@pytest.mark.parametrize("command", README)
+def test_commands_of_the_readme_plan_every_row(snakemake, monkeypatch, command):
+    command = shlex.split(command, comments=True)
+    assert command[:5] == ["uv", "run", "--extra", "table", "snakemake"]
+    options, config = command[5 : command.index("--config")], command[command.index("--config") + 1 :]
+    options = [str(ROOT / word) if word.startswith("profiles/") else word for word in options]
+    assert planned(snakemake("-n", *options, config=" ".join(config))) == {"table": 1, **dict.fromkeys(ROWS, 3)}
+
+
+def test_a_built_table_is_left_alone(snakemake, built):
+    assert len(built) == 2 * (3 * 14 + 2 * 2) + 3
+    assert planned(snakemake("-n")) == {}
+    assert planned(snakemake("-n", config="seeds=3")) == {"table": 1, **dict.fromkeys(ROWS, 1)}
+
+
+def test_a_newer_recipe_rebuilds_its_row_and_what_hangs_on_it(snakemake, built):
+    for file in built:
+        if "teacher_cutmix" in file.parts:
+            os.utime(file, (1, 1))
+    rebuilt = {"teacher_cutmix", "teacher_ensemble", "student_ensemble", *FROM_CUTMIX}
+    assert planned(snakemake("-n")) == {"table": 1, **dict.fromkeys(rebuilt, 2)}
+
+
+def test_results_without_weights_are_results(snakemake, built):
+    """As after `git clone`. Where one has to be built, its seed's teachers are trained again, and what they taught."""
+    for file in built:
+        if file.suffix in {".safetensors", ".npz"}:
+            file.unlink()
+    assert planned(snakemake("-n")) == {}
+    Path("results/smoke/kd_cutmix/seed1/result.json").unlink()
+    jobs = planned(snakemake("-n"))
+    assert jobs == dict.fromkeys({"table", *ROWS} - {"student_baseline"}, 1)
+
+
+@pytest.mark.slow
+def test_a_real_build_with_a_row_that_fails(snakemake):
+    """The failure is named, the rest is built; once mended, only what is lacking is run, and a stopped run resumes."""
+    config = "seeds=1 epochs=1 train_size=96"
+    plan = snakemake("-n", "-p", config=config)
+    folders = {Path(p).parent.name: Path(p) for p in re.findall(r"> (results/smoke/\S+)/run.log", plan)}
+    damaged = folders["student_baseline"] / "checkpoint.pt"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(b"no checkpoint")
+    targets = [str(folders[row] / "result.json") for row in ("kd_cutmix", "student_baseline")]
+    output = snakemake(*targets, config=config)
+    assert (folders["kd_cutmix"] / "result.json").is_file()
+    assert re.findall(r"not finished: (\S+): error: .*checkpoint.pt is damaged", output) == [
+        str(folders["student_baseline"])
+    ]
+    damaged.unlink()
+    assert planned(snakemake("-n", *targets, config=config)) == {"student_baseline": 1}
+    before = (folders["kd_cutmix"] / "model.safetensors").stat().st_mtime_ns
+    os.utime(folders["kd_cutmix"] / "result.json", (1, 1))  # as if its recipe had been touched
+    assert "not finished" not in snakemake(*targets, config=config)
+    assert (folders["kd_cutmix"] / "model.safetensors").stat().st_mtime_ns > before
+    assert planned(snakemake("-n", *targets, config=config)) == {}
+
+
+# One GPU a run -------------------------------------------------------------------------------------------
+
+
+def test_places_are_spread_before_they_are_shared(tmp_path):
+    held = [one_gpu.free_place(["0", "3"], 2, tmp_path) for _ in range(4)]
+    assert [gpu for gpu, _ in held] == ["0", "3", "0", "3"]
+    assert one_gpu.free_place(["0", "3"], 2, tmp_path) is None
+    os.close(held[1][1])
+    assert one_gpu.free_place(["0", "3"], 2, tmp_path)[0] == "3"
+
+
+def test_each_run_sees_one_gpu_and_a_killed_one_gives_it_back(tmp_path):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "2,GPU-5a", "TMPDIR": str(tmp_path)}
+
+    def start(command: str) -> subprocess.Popen:
+        words = [sys.executable, ROOT / "one_gpu.py", "1", "sh", "-c", f"echo $CUDA_VISIBLE_DEVICES; {command}"]
+        return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
+
+    holding = [start("exec sleep 60"), start("exec sleep 60")]
+    gpus = [process.stdout.readline().strip() for process in holding]
+    assert sorted(gpus) == ["2", "GPU-5a"]
+    waiting = start("true")
+    with pytest.raises(subprocess.TimeoutExpired):
+        waiting.wait(0.5)
+    holding[0].kill()
+    assert waiting.communicate(timeout=10)[0].strip() == gpus[0]
+    holding[1].kill()
+
+
+def test_without_a_gpu_the_command_simply_runs(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert one_gpu.visible_gpus() == []
+    words = [sys.executable, ROOT / "one_gpu.py", "1", "echo", "ran"]
+    assert subprocess.run(words, capture_output=True, text=True).stdout == "ran\n"
