@@ -86,7 +86,8 @@ def test_an_offline_run_holds_everything(tmp_path):
     assert (run["project"], run["run_group"], run["job_type"]) == ("calibrated-distillation", "kd_augmix", "kd")
     assert (run["display_name"], run["tags"]) == ("kd_augmix-smoke-s0", ["smoke", "digits"])
     config = run["config"]["update"]
-    assert config["temperature"] == 50 and config["teacher"] == "teacher_augmix" and config["milestones"] == [2, 2, 2]
+    assert config["temperature"] == 50 and config["teacher"] == "teacher_augmix"
+    assert config.items() >= result["settings"].items()
     assert config["published"]["accuracy"] == 0.7572 and config["versions"] == result["versions"]
     assert config["sources"] == [str(teacher)] and config["model"] == "shufflenet_v1"
 
