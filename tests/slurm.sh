@@ -24,6 +24,8 @@ stop() {
     scancel --partition=gpu 2>/dev/null
     sleep 3 # a job that does not end is killed after KillWait
     kill "${pids[@]}" 2>/dev/null
+    sleep 1 # Snakemake would wait for its jobs
+    kill -KILL "${pids[@]}" 2>/dev/null
     wait
     rm -rf "$work" /etc/slurm/slurm.conf /etc/slurm/gres.conf
 }
@@ -85,7 +87,7 @@ snakemake=$!
 pids+=("$snakemake")
 
 # 3. The teacher's job is told to stop
-until [ -e "$work/$teacher/checkpoint.pt" ]; do
+until [ -e "$work/$teacher/checkpoint.safetensors" ]; do
     kill -0 "$snakemake" || { cat "$work/snakemake.log"; exit 1; }
     sleep 0.2
 done
