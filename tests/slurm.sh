@@ -57,6 +57,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
 KillWait=2
+MinJobAge=36000
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 GresTypes=gpu
