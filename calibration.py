@@ -34,6 +34,15 @@ class CalibrationMetrics:
     def scores(self) -> dict[str, float]:
         return {name: getattr(self, name) for name in ("accuracy", "ece", "oe", "nll", "brier")}
 
+    def merged(self, n_bins: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Count, accuracy and confidence, float64 (n_bins,), over wider bins; over its own where `n_bins` does not
+        divide their number. Accuracy and confidence are NaN in an empty bin."""
+        count = self.bin_count.double()
+        n_bins = len(count) if len(count) % n_bins else n_bins
+        sums = (count * v for v in (1, self.bin_accuracy, self.bin_confidence))
+        n, correct, confident = (values.view(n_bins, -1).sum(1) for values in sums)
+        return n, correct / n, confident / n
+
     @property
     def bins_csv(self) -> str:
         """The bins as CSV: what the reliability diagram is drawn from, so that it can be without the predictions."""
@@ -276,15 +285,11 @@ def reliability_diagram(metrics: CalibrationMetrics, title: str = "", path: Path
     """
     from matplotlib.figure import Figure  # not pyplot: no window, no state, safe in any thread
 
-    count = metrics.bin_count.double()
-    if len(count) % drawn_bins:
-        drawn_bins = len(count)
-    sums = (count * v for v in (1, metrics.bin_accuracy, metrics.bin_confidence))
-    n, correct, confident = (values.view(drawn_bins, -1).sum(1) for values in sums)
-    filled = n > 0
-    width = 1 / drawn_bins
-    centers = ((torch.arange(drawn_bins) + 0.5) * width)[filled].numpy()
-    accuracy, confidence = (correct[filled] / n[filled]).numpy(), (confident[filled] / n[filled]).numpy()
+    n, accuracy, confidence = metrics.merged(drawn_bins)
+    mean_confidence = ((n * confidence).nansum() / n.sum()).item()
+    filled, width = n > 0, 1 / len(n)
+    centers = ((torch.arange(len(n)) + 0.5) * width)[filled].numpy()
+    accuracy, confidence = accuracy[filled].numpy(), confidence[filled].numpy()
 
     figure = Figure(figsize=(3.6, 4.9), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -300,7 +305,6 @@ def reliability_diagram(metrics: CalibrationMetrics, title: str = "", path: Path
     top.set(xlim=(0, 1), ylim=(0, 1), ylabel="Accuracy", title=title)
     bottom.bar(centers, (n[filled] / n.sum()).numpy(), color="0.55", edgecolor="white", **bar)
     bottom.axvline(metrics.accuracy, color="#3b6ea5", linewidth=1.2, label="mean accuracy")
-    mean_confidence = (confident.sum() / n.sum()).item()
     bottom.axvline(mean_confidence, color="#d1495b", linewidth=1.2, linestyle="--", label="mean confidence")
     bottom.set(xlabel="Confidence", ylabel="Share of images")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")

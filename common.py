@@ -10,14 +10,12 @@ are: `cifar_models`, `image_data`, `augmentation`, `training`, `data_parallel`, 
 import bisect
 import dataclasses
 import functools
-import hashlib
 import importlib.util
 import json
 import math
 import platform
 import random
 import re
-import secrets
 import shutil
 import subprocess
 import sys
@@ -33,7 +31,9 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from timm.task import LogitDistillationTask, TrainingTask
+import tyro
+from timm.loss import JsdCrossEntropy
+from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 from timm.task.distillation import DistillationTeacher
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
@@ -45,9 +45,10 @@ import cifar_models  # noqa: F401 registers its models with timm
 import data_parallel
 from augmentation import AugMix, CutOut, Mix, Standard, normalize  # noqa: F401 recipes use them as common.Mix
 from calibration import calibration_metrics, reliability_diagram, scores_of_run
-from command_line import Interrupted, orderly_end, parse
+from command_line import orderly_end, parse
 from image_data import Dataset, load_dataset
 from run_files import (
+    HALF,
     UserError,
     alone,
     atomic_write,
@@ -57,9 +58,10 @@ from run_files import (
     read_result,
     save_weights,
     sha256,
+    variant,
     write_csv,
 )
-from tracking import Tracker
+from tracking import ARTIFACT, Tracker, fetch_artifact, in_sweep
 from training import Compile, Precision, Trainer
 
 ROOT = Path(__file__).resolve().parent
@@ -131,6 +133,21 @@ class EnsembleDistillationTask(LogitDistillationTask):
         return {"loss": loss, "output": output, "task_loss": task_loss, "kd_loss": kd_loss}
 
 
+class JsdTask(ClassificationTask):
+    """timm's `ClassificationTask` with its `JsdCrossEntropy`, which returns that loss's two parts as well."""
+
+    def __init__(self, model: nn.Module, criterion: JsdCrossEntropy):
+        super().__init__(model, criterion)
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        result = super().forward(input, target)
+        with torch.no_grad():
+            clean = result["output"][: len(target)]
+            task_loss = self.criterion.cross_entropy_loss(clean, target)
+            jsd_loss = (result["loss"] - task_loss) / max(self.criterion.alpha, 1e-12)
+        return {**result, "task_loss": task_loss, "jsd_loss": jsd_loss}
+
+
 # 2. Settings ---------------------------------------------------------------------------------------------
 
 
@@ -140,10 +157,6 @@ class Protocol(typing.NamedTuple):
     """epochs after which the learning rate is divided by 10"""
     dataset: str
 
-
-# Files small enough to be published, in half precision, by what they stand in for. Of probabilities it is the
-# logarithms, since half precision has nothing between 0 and 6e-8.
-HALF = {"model.safetensors": "model.fp16.safetensors", "probabilities.npz": "log_probabilities.fp16.npz"}
 
 # What later runs and reports build upon: `result.json` has the SHA-256 of each.
 NEEDED_LATER = ("best.safetensors", "selected.safetensors", *HALF, *HALF.values())
@@ -165,6 +178,7 @@ EvenBatchSize = typing.Annotated[int, "even and 2 or more", lambda v: v >= 2 and
 Fraction = typing.Annotated[float, "above 0 and at most 1", lambda v: 0 < v <= 1]
 Severity = typing.Annotated[float, "from 0.1 to 10", lambda v: 0.1 <= v <= 10]
 Pixels = typing.Annotated[int, "16 or more", lambda v: v >= 16]
+TeacherName = typing.Annotated[str, tyro.conf.arg(aliases=("--teacher-artifact",))]
 
 
 @dataclass(kw_only=True)
@@ -193,11 +207,17 @@ class Config:
     """auto takes the GPU if there is one"""
     results_dir: Path = Path("results")
     """where run folders go: <protocol>/<row>/seed<k>, or seed<k>-<hash> for settings that are not the row's own"""
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Weights & Biases: auto obeys WANDB_MODE, else is online where a key is configured and offline elsewhere"""
     teacher_from: Literal["results", "train"] = "results"
     """where a teacher or member comes from that is not trained yet: results is the half-precision weights published
     under results/, if there are any, train is its recipe"""
+    wandb_project: str | None = None
+    """project there, if not WANDB_PROJECT or calibrated-distillation"""
+    wandb_charts: Count = 10
+    """calibration curves are logged at so many epochs, evenly, and at the last"""
+    wandb_thumbnails: bool = False
+    """log the 64 test images that are most confidently mistaken, as pictures"""
     overwrite: bool = False
     """start this row over, even if it is finished"""
 
@@ -229,11 +249,14 @@ NOT_IDENTITY = {
     "data_dir",
     "device",
     "results_dir",
-    "wandb",
     "overwrite",
     "teacher_from",
     "compile",
     "deterministic",
+    "wandb_mode",
+    "wandb_project",
+    "wandb_charts",
+    "wandb_thumbnails",
 }
 
 
@@ -245,7 +268,7 @@ def resolve(cfg: Config) -> Config:
     """
 
     def bounds(hint) -> Iterator[tuple[str, Callable[[Any], bool]]]:
-        if hasattr(hint, "__metadata__"):
+        if len(getattr(hint, "__metadata__", ())) == 2:
             yield hint.__metadata__
         for part in typing.get_args(hint):
             yield from bounds(part)
@@ -317,8 +340,12 @@ def _shared_dataset(
 def run_row(row: str, main: Callable, cfg: Config) -> dict[str, Any]:
     """Train or evaluate one row, unless it is finished. Returns what its `result.json` holds."""
     run = Run(row, cfg)
-    if cfg.overwrite or data_parallel.from_first(run.load_result) is None:
+    run.sweep = in_sweep()
+    result = data_parallel.from_first(run.load_result)
+    if cfg.overwrite or result is None:
         main(run.cfg, run)
+    elif run.sweep:
+        run.report(result)
     return data_parallel.from_first(run.load_result)
 
 
@@ -352,9 +379,7 @@ class Run:
     def __init__(self, row: str, cfg: Config):
         self.row, self.cfg = row, resolve(cfg)
         self.changes = changes(self.cfg)
-        text = json.dumps(self.changes, sort_keys=True)
-        suffix = f"-{hashlib.sha256(text.encode()).hexdigest()[:8]}" if self.changes else ""
-        self.path = cfg.results_dir / cfg.protocol / row / f"seed{cfg.seed}{suffix}"
+        self.path = cfg.results_dir / cfg.protocol / row / f"seed{cfg.seed}{variant(self.changes)}"
         for name, folder in (("data_dir", cfg.data_dir), ("results_dir", cfg.results_dir)):
             existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
             if not existing.is_dir():
@@ -365,7 +390,8 @@ class Run:
             raise UserError("--device cuda: torch sees no GPU here; --device cpu goes without")
         self.device = data_parallel.join("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
         self.model_name: str | None = None  # what is trained; an ensemble trains nothing
-        self.sources: list[str] = []  # folders of the teachers or members
+        self.sources: list[str] = []  # the teachers or members: folders, or artifacts in W&B
+        self.sweep = False  # whether it is the run that a W&B agent asked for, not one that is trained on its way
         self.needed = "result.json"  # the file for want of which it is trained
 
     @functools.cached_property
@@ -391,7 +417,7 @@ class Run:
         """The trained models of these rows, frozen, at their last epoch.
 
         A row that is not there yet is trained first, by its own recipe, under this run's protocol, seed and data.
-        Instead of a row, the folder of a finished run will do.
+        Instead of a row, the folder of a finished run will do, or one in W&B as entity/project/name:alias.
 
         Raises:
             UserError: no such row, or trained on other classes or images.
@@ -440,14 +466,14 @@ class Run:
         cfg, trainer, n = self.cfg, self.trainer(task), len(self.data.train_labels)
         model = trainer.model
         state = self._resume(trainer)
-        tracker = self._tracker(state["wandb_id"])
+        tracker = self._tracker()
         predictions = None
         if state["history"]:
             print(f"resuming after epoch {len(state['history'])} of {cfg.epochs}")
         done, hidden = len(state["history"]), data_parallel.rank() > 0 or None
         bar = tqdm(total=cfg.epochs * n, initial=done * n, unit="img", unit_scale=True, disable=hidden)
         try:
-            with bar:
+            with bar, tracker:
                 for epoch in range(len(state["history"]) + 1, cfg.epochs + 1):
                     predictions = self._epoch(trainer, augment, epoch, state, bar, tracker)
         except torch.OutOfMemoryError:
@@ -455,9 +481,6 @@ class Run:
                 f"{self.device} ran out of memory at --batch-size {cfg.batch_size}: try a smaller one, or fewer runs "
                 "at once; the same command goes on after the last finished epoch"
             ) from None
-        except Interrupted as stop:
-            tracker.preempted(stop.exit_code)
-            raise
         if predictions is None:  # killed between the last epoch and its result
             predictions, _, _ = self._evaluate(model)
         first = data_parallel.rank() == 0  # which writes
@@ -484,28 +507,26 @@ class Run:
         for group in trainer.optimizer.param_groups:
             group["lr"] = lr
         bar.set_description(f"epoch {epoch}/{cfg.epochs}")
-        loss = self.train_epoch(trainer, augment, epoch, bar)
+        losses = self.train_epoch(trainer, augment, epoch, bar)
         trained = time.perf_counter()
         predictions, test, val = self._evaluate(trainer.model)
         for name, scores in {"best": test, "selected": val}.items():
             if scores and (name not in state or scores["accuracy"] > state[name]["accuracy"]):
                 weights = {k: v.cpu().clone() for k, v in trainer.model.state_dict().items()}
                 state[name] = {"epoch": epoch, "accuracy": scores["accuracy"], "model": weights, **predictions}
-        columns = {k: test[k] for k in ("accuracy", "ece", "oe", "nll")}
-        columns |= {f"val_{k}": val[k] for k in columns if val}
+        columns = {**test, **{f"val_{k}": v for k, v in val.items()}}
         columns |= {"seconds": time.perf_counter() - started}
-        state["history"].append({"epoch": epoch, "lr": lr, "train_loss": loss, **columns})
+        state["history"].append({"epoch": epoch, "lr": lr, **losses, **columns})
         state["train_seconds"] += trained - started
         if data_parallel.rank() == 0:
             checkpoint.save(self.path, {**state, "model": trainer.model.state_dict(), "momentum": trainer.momentum()})
             write_csv(self.path / "history.csv", state["history"])
         speed = len(self.data.train_labels) / (trained - started)
         bar.write(
-            f"epoch {epoch:3d}/{cfg.epochs}  lr {lr:<7.2g} loss {loss:<8.4g} accuracy {test['accuracy']:6.2%}  "
-            f"ECE {test['ece']:.4f}  OE {test['oe']:.4f}  {speed:,.0f} images/s"
+            f"epoch {epoch:3d}/{cfg.epochs}  lr {lr:<7.2g} loss {losses['train_loss']:<8.4g} "
+            f"accuracy {test['accuracy']:6.2%}  ECE {test['ece']:.4f}  OE {test['oe']:.4f}  {speed:,.0f} images/s"
         )
-        scores = {f"test/{k}": v for k, v in test.items()} | {f"val/{k}": v for k, v in val.items()}
-        tracker.log({"epoch": epoch, "lr": lr, "train/loss": loss, "images_per_second": speed, **scores})
+        tracker.log(state["history"], speed, predictions["probabilities"], self.data.test_labels)
         return predictions
 
     def _average(self, members: Sequence[Path], weights: Sequence[float]) -> None:
@@ -519,7 +540,7 @@ class Run:
         if self.cfg.val_size:
             choices["selected"]["val_probabilities"] = mean["val"]
         speed = {"train_seconds": 0.0, "images_per_second": None}
-        self._finish(choices, speed, self._tracker(secrets.token_hex(4)))
+        self._finish(choices, speed, self._tracker())
 
     def trainer(self, task: TrainingTask) -> Trainer:
         """The task with its optimiser, on the device, compiled where that pays over the whole run."""
@@ -527,17 +548,20 @@ class Run:
         images = self.cfg.epochs * len(self.data.train_labels)
         return Trainer(task, self.device, images, **{name: getattr(self.cfg, name) for name in names})
 
-    def train_epoch(self, trainer: Trainer, augment: Callable, epoch: int, bar: tqdm) -> float:
-        """One pass over the training images in random order; returns the mean loss."""
+    def train_epoch(self, trainer: Trainer, augment: Callable, epoch: int, bar: tqdm) -> dict[str, float]:
+        """One pass over the training images in random order; returns the means of `train_loss` and its parts."""
         seed_everything(self.cfg.seed, epoch)
         trainer.task.train()
         images, labels = self.data.train_images, self.data.train_labels
         batches = torch.randperm(len(labels)).to(self.device).split(self.cfg.batch_size)
         if len(batches[-1]) == 1:  # batch norm and mixing need two
             batches = batches[:-1]
-        losses, started = torch.zeros(len(batches), device=self.device), time.perf_counter()
+        losses, parts = torch.zeros(len(batches), device=self.device), {}
+        started = time.perf_counter()
         for step, index in enumerate(batches, 1):
             losses[step - 1] = loss = trainer.step(*augment(images[index], labels[index]))
+            for name, value in trainer.parts.items():
+                parts[name] = parts.get(name, 0) + value * len(index)
             bar.update(len(index))
             if self.device.type == "cpu":  # on a GPU, reading the loss would stall it
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
@@ -557,7 +581,8 @@ class Run:
                 f"{what} at step {step + 1} of epoch {epoch}, at learning rate {lr:g}: try a smaller --lr{good}"
             )
         sizes = torch.tensor([len(index) for index in batches])
-        return float(losses.cpu() @ sizes.float() / sizes.sum())
+        means = {name: value.item() / sizes.sum().item() for name, value in parts.items()}
+        return {"train_loss": float(losses.cpu() @ sizes.float() / sizes.sum()), **means}
 
     def _evaluate(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, float], dict[str, float]]:
         """Predictions, the scores of those for the test images and, with --val-size, for the held-out ones."""
@@ -602,14 +627,15 @@ class Run:
     def _finished(self, rows: Sequence[str], needed: str) -> list[Path]:
         """The file `needed` of finished runs of these rows on this run's data."""
         for row in rows:
-            if not (Path(row) / "result.json").is_file():
+            if not ARTIFACT.fullmatch(row) and not (Path(row) / "result.json").is_file():
                 load_recipe(row)  # a wrong name is found before any row is trained
         return [self._finish_row(row, needed) for row in rows]
 
     def _finish_row(self, row: str, needed: str) -> Path:
         """The same for one row: its own file, else its half-precision one, else it is trained."""
-        file = Path(row, needed)
-        if not (file.parent / "result.json").is_file():
+        artifact = ARTIFACT.fullmatch(row)
+        file = Path(fetch_artifact(row, self.cfg.results_dir / "artifacts") if artifact else row, needed)
+        if not artifact and not (file.parent / "result.json").is_file():
             main = load_recipe(row)
             handed_on = {field.name: getattr(self.cfg, field.name) for field in dataclasses.fields(Config)}
             run = Run(row, config_type(main)(**{**handed_on, "overwrite": False}))
@@ -631,7 +657,7 @@ class Run:
                 print(f"{row} is finished: back to {self.row}", flush=True)
         path, result = file.parent, read_result(file.parent)
         if not file.is_file():
-            raise UserError(f"{path} has a result.json but no {needed}")
+            raise UserError(f"{row if artifact else path} has a result.json but no {needed}")
         if result["classes"] != list(self.data.classes):
             raise UserError(
                 f"{path} knows {len(result['classes'])} classes, not the {self.num_classes} of {self.cfg.dataset}"
@@ -643,7 +669,7 @@ class Run:
                 f"{file} is damaged, for it is not what result.json describes: delete it, and {result['row']} "
                 "is trained again"
             )
-        self.sources.append(str(path))
+        self.sources.append(row if artifact else str(path))
         return file
 
     def published_file(self, needed: str) -> Path | None:
@@ -668,16 +694,29 @@ class Run:
             raise UserError(f"{file} does not fit {name}: {reason[:200]}") from None
         return model
 
-    def _tracker(self, run_id: str) -> Tracker:
+    def report(self, result: dict[str, Any]) -> None:
+        """Tell W&B of a run that is finished already, for a sweep that asked for it."""
+        self.model_name, self.sources = result["model"], result["sources"]
+        self._tracker().report(result)
+
+    def _tracker(self) -> Tracker:
         cfg = self.cfg
+        kind = "teacher" if self.row.startswith("teacher_") else "student"
+        facts = {"row": self.row, "model": self.model_name, "sources": self.sources}
+        facts |= {"published": published(self.row, self.changes), "versions": versions()}
         return Tracker(
-            cfg.wandb if data_parallel.rank() == 0 else "disabled",
             self.path,
-            run_id,
+            mode=cfg.wandb_mode,
+            project=cfg.wandb_project,
+            sweep=self.sweep,
+            epochs=cfg.epochs,
+            charts=cfg.wandb_charts,
+            sources=self.sources,
             group=self.row,
+            job_type="ensemble" if not self.model_name else "kd" if self.sources else kind,
             name=f"{self.row}-{cfg.protocol}-s{cfg.seed}",
             tags=[cfg.protocol, cfg.dataset],
-            config={**settings(cfg), "row": self.row, "published": published(self.row, self.changes)},
+            config={**settings(cfg), **facts},
         )
 
     def _resume(self, trainer: Trainer) -> dict[str, Any]:
@@ -686,7 +725,7 @@ class Run:
         state = data_parallel.from_first(lambda: checkpoint.load(self.path))
         if state is None:
             about = {"settings": settings(self.cfg), "fingerprint": self.data.fingerprint, "origins": [origin]}
-            return {**about, "history": [], "train_seconds": 0.0, "wandb_id": secrets.token_hex(4)}
+            return {**about, "history": [], "train_seconds": 0.0}
         self._check_identity(state["settings"], state["fingerprint"], self.data.fingerprint)
         trainer.restore(state.pop("model"), state.pop("momentum"))
         if changed := [f"{k} {v}, now {origin[k]}" for k, v in state["origins"][-1].items() if v != origin[k]]:
@@ -753,7 +792,8 @@ class Run:
         }
         with atomic_write(self.path / "result.json") as file:
             file.write(json.dumps(result, indent=2).encode())
-        tracker.finish(result, self.path / "reliability.png")
+        images = self.data.test_images if self.cfg.wandb_thumbnails else None
+        tracker.finish(result, self.data.classes, images)
 
 
 # 4. Facts about a run ------------------------------------------------------------------------------------

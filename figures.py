@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from report import Row
 
 BLUE, PALE_BLUE, RED, GREY = "#2c5784", "#9dbbd8", "#b3293f", "0.72"
+COLORS = (BLUE, RED, "0.1", "#6a9a5b", "#c98a2b", "0.5")
+LINES = ("-", "--", "-.", (0, (4, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (6, 2)))
 STYLE = {
     "font.size": 7.5,
     "axes.titlesize": 6.3,
@@ -58,6 +60,7 @@ def draw(rows: "Sequence[Row]", folder: Path) -> list[str]:
         for name, shown, plot in (
             ("reliability_teachers", teachers, reliability),
             ("reliability_students", students, reliability),
+            ("calibration_teachers", teachers, curves),
             ("accuracy_ece", rows if done else [], accuracy_ece),
             ("training_accuracy", trained, lambda shown: training(shown, "accuracy")),
             ("training_ece", trained, lambda shown: training(shown, "ece")),
@@ -136,6 +139,23 @@ def reliability(rows: "Sequence[Row]") -> Figure:
         Line2D([], [], color="0.2", linestyle="--", linewidth=0.8, label="perfect calibration"),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=3)
+    return figure
+
+
+def curves(rows: "Sequence[Row]") -> Figure:
+    """Accuracy over confidence in 20 bins, all rows in one panel: what W&B overlays from the table of bins."""
+    figure = Figure(figsize=(4.0, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle=":", label="perfect calibration")
+    for i, row in enumerate(rows):
+        count, correct, confident = _pooled_bins(row)
+        filled = count > 0
+        style = {"marker": "os^Dvx"[i % 6], "color": COLORS[i % 6], "linestyle": LINES[i % 6]}
+        label = f"{row.row}, ECE {_mean_sd(row, 'ece')}"
+        x, y = confident[filled] / count[filled], correct[filled] / count[filled]
+        axes.plot(x, y, **style, markersize=3, label=label, clip_on=False)
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="Confidence", ylabel="Accuracy", aspect="equal")
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 

@@ -50,6 +50,8 @@ class Config:
     """write nothing, but exit with 1 and name the rows whose table, figure or README.md is older than their results"""
     readme: Path | None = None
     """file whose table is refreshed; without it README.md, for the repository's own results only"""
+    wandb: str | None = None
+    """entity/project in Weights & Biases: build a report there, of its runs"""
 
 
 # 1. Runs -------------------------------------------------------------------------------------------------
@@ -567,10 +569,10 @@ def main(cfg: Config) -> int:
             print(f"without further metrics ({lacking}): uv run report.py --recompute adds them")
         print(f"written: {folder / 'table.md'}, {folder / 'table.csv'}, {folder / 'figures'}\n")
 
+    shown = next((protocol for protocol in STANDING if protocol in reports and reports[protocol].runs), None)
+    rows = reports[shown].table if shown else sort_into_rows([])[0]
     own = cfg.results_dir.resolve() == ROOT / "results"
     if readme := cfg.readme or (ROOT / "README.md" if own else None):
-        shown = next((protocol for protocol in STANDING if protocol in reports and reports[protocol].runs), None)
-        rows = reports[shown].table if shown else sort_into_rows([])[0]
         try:
             old = _bytes(readme).decode()
         except OSError as error:
@@ -585,6 +587,10 @@ def main(cfg: Config) -> int:
                 file.write(new.encode())
             print(f"{readme}: the table is refreshed")
 
+    if cfg.wandb and not cfg.check:
+        from wandb_report import publish
+
+        print(f"report: {publish(cfg.wandb, shown, rows)}")
     for line in problems:
         print(f"skipped: {line}", file=sys.stderr)
     for line in outdated:

@@ -161,6 +161,15 @@ def load_probabilities(path: Path) -> "dict[str, np.ndarray]":
     return arrays
 
 
+def variant(changes: dict[str, Any]) -> str:
+    """What tells a variant's names from its row's: `-` and 8 hex digits of its changes; nothing for the row itself."""
+    return f"-{hashlib.sha256(json.dumps(changes, sort_keys=True).encode()).hexdigest()[:8]}" if changes else ""
+
+
+# Files small enough to be published, in half precision, by what they stand in for. Of probabilities it is the
+# logarithms, since half precision has nothing between 0 and 6e-8.
+HALF = {"model.safetensors": "model.fp16.safetensors", "probabilities.npz": "log_probabilities.fp16.npz"}
+
 # What every reader of a result relies on. A run's folder is named by row, protocol and seed, never by what a file says.
 RESULT = {
     "row": str, "protocol": str, "seed": int, "dataset": str, "model": (str, NoneType), "sources": list,

@@ -39,6 +39,7 @@ class Trainer:
     Attributes:
         model: the trained module, not compiled, so that its names are the files'.
         compile, precision: what `auto` came to.
+        parts: of the last step's loss, each before its weight: task_loss, kd_loss, jsd_loss; on the device.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Trainer:
             task.trainable_module = nn.SyncBatchNorm.convert_sync_batchnorm(task.trainable_module)
         self.task = task.to(device, memory_format=torch.channels_last)
         self.model = task.trainable_module
+        self.parts: dict[str, Tensor] = {}
         self.shape: torch.Size | None = None  # of the first inputs, for which the models are compiled
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr, momentum, weight_decay=weight_decay, fused=True)
         if precision == "auto":
@@ -80,11 +82,14 @@ class Trainer:
         if self.compile == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()
         with plain:
-            loss = self.task(inputs.contiguous(memory_format=torch.channels_last), targets)["loss"] * weight
-            loss.backward()
+            result = self.task(inputs.contiguous(memory_format=torch.channels_last), targets)
+            (result["loss"] * weight).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()  # at the end: CUDA graphs write the next gradients to the same place
-        return data_parallel.mean(loss.detach())
+        losses = {k: data_parallel.mean(v.detach() * weight) for k, v in result.items() if k.endswith("loss")}
+        loss = losses.pop("loss")
+        self.parts = losses
+        return loss
 
     def momentum(self) -> dict[str, Tensor]:
         """The optimiser's state, by the parameters' names. Empty before the first step, and with --momentum 0."""

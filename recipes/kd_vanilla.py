@@ -15,8 +15,8 @@ import common
 class Config(common.TrainConfig):
     lr: common.Positive = 0.01
     batch_size: common.BatchSize = 64
-    teacher: str = "teacher_baseline"
-    """row that teaches, or the folder of a finished run"""
+    teacher: common.TeacherName = "teacher_baseline"
+    """row that teaches, the folder of a finished run, or one in Weights & Biases: entity/project/name:alias"""
     temperature: common.Positive = 50.0
     """softens both distributions; the distillation loss is scaled by its square"""
     kd_weight: common.NonNegative = 0.8

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from timm.loss import JsdCrossEntropy
-from timm.task import ClassificationTask
 
 import common
 
@@ -26,7 +25,7 @@ class Config(common.TrainConfig):
 
 def main(cfg: Config, run: common.Run) -> None:
     model = run.create_model("wrn_40_2")
-    task = ClassificationTask(model, JsdCrossEntropy(alpha=cfg.jsd_weight, smoothing=0))
+    task = common.JsdTask(model, JsdCrossEntropy(alpha=cfg.jsd_weight, smoothing=0))
     run.fit(task, common.AugMix(cfg.severity, cfg.augmix))
 
 

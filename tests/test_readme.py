@@ -70,6 +70,17 @@ def test_files_and_modules_that_it_names_exist():
         assert f"`{name}`" in table
 
 
+def test_what_it_says_of_wandb():
+    section = re.search(r"## Weights & Biases\n(.*?)\n## ", README, re.DOTALL)[1]
+    for name in re.findall(r"`(\w+\.yaml)`", section):
+        assert (ROOT / "sweeps" / name).is_file()
+    picture = ROOT / re.search(r"!\[.*\]\((.*)\)", section)[1]
+    assert picture.stat().st_size < 100_000
+    flags = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(common.TrainConfig)}
+    used = set(re.findall(r"--wandb-(?!report)[a-z]+", section))
+    assert {"--wandb-mode", "--wandb-charts", "--wandb-thumbnails"} <= used <= flags
+
+
 def test_environment_installs_the_project_from_pyproject():
     text = (ROOT / "environment.yml").read_text()
     assert re.search(r"pip:\n\s+- -e \.\n", text) and "torch" not in text

@@ -323,6 +323,7 @@ def test_figures_are_drawn_from_what_there_is_and_always_the_same(tmp_path):
     stems = (
         "reliability_teachers",
         "reliability_students",
+        "calibration_teachers",
         "accuracy_ece",
         "training_accuracy",
         "training_ece",

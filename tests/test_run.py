@@ -67,7 +67,7 @@ def test_every_file_is_there_and_consistent(tmp_path):
 
     with (path / "history.csv").open() as file:
         history = list(csv.DictReader(file))
-    assert list(history[0]) == ["epoch", "lr", "train_loss", "accuracy", "ece", "oe", "nll", "seconds"]
+    assert list(history[0]) == ["epoch", "lr", "train_loss", "accuracy", "ece", "oe", "nll", "brier", "seconds"]
     assert [float(line["lr"]) for line in history] == [0.05, 0.05]
     assert float(history[-1]["accuracy"]) == result["last"]["accuracy"]
     assert max(float(line["accuracy"]) for line in history) == result["best"]["accuracy"]
@@ -258,7 +258,7 @@ def test_wandb_that_fails_costs_a_warning(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(wandb, "init", lambda **kwargs: (_ for _ in ()).throw(wandb.errors.CommError("no server")))
     run_row("student_baseline", tmp_path)
-    assert "warning: not tracked by Weights & Biases: no server" in capsys.readouterr().err
+    assert "warning: Weights & Biases: not tracked any more: no server" in capsys.readouterr().err
 
 
 def test_a_long_run_on_a_cpu_says_so(tmp_path, monkeypatch, capsys):

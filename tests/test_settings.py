@@ -75,7 +75,7 @@ def test_a_rows_folder_and_its_variants():
     assert folder(protocol="short", seed=3, results_dir=Path("other")) == "other/short/kd_cutmix/seed3"
     # the row's own values spelled out, and where it runs, make no variant
     assert folder(epochs=500, milestones=(150, 180, 210), temperature=50.0, dataset="cifar100") == folder()
-    assert folder(data_dir=Path("elsewhere"), device="cpu", wandb="disabled", overwrite=True) == folder()
+    assert folder(data_dir=Path("elsewhere"), device="cpu", wandb_mode="disabled", overwrite=True) == folder()
     variants = [
         folder(temperature=4.0), folder(temperature=5.0), folder(epochs=10), folder(lr=0.1), folder(train_size=5000),
         folder(dataset="digits"), folder(teacher="teacher_mixup"), folder(temperature=4.0, lr=0.1),
@@ -115,7 +115,7 @@ WRONG = [
     ("kd_cutmix", "--protocl smoke", "--protocl, smoke (did you mean --protocol?)"),
     ("kd_cutmix", "--dataset cifar10", "cifar100"),
     ("kd_cutmix", "--device tpu", "cuda"),
-    ("kd_cutmix", "--wandb maybe", "offline"),
+    ("kd_cutmix", "--wandb-mode maybe", "offline"),
     ("kd_cutmix", "--image-size 8", "--image-size must be 16 or more, not 8"),
     ("kd_cutmix", "--train-size 0", "--train-size must be 1 or more"),
     ("kd_cutmix", "--protocol smoke --train-size 2000", "--train-size must be at most 1437, not 2000"),

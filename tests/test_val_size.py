@@ -72,7 +72,7 @@ def trained(tmp_path_factory):
     """The folder of a student trained for three epochs on 200 digits, 100 others held out."""
     main = common.load_recipe("student_baseline")
     cfg = common.config_type(main)(
-        protocol="smoke", epochs=3, train_size=200, val_size=100, device="cpu", wandb="disabled",
+        protocol="smoke", epochs=3, train_size=200, val_size=100, device="cpu", wandb_mode="disabled",
         results_dir=tmp_path_factory.mktemp("results"),
     )  # fmt: skip
     common.run_row("student_baseline", main, cfg)
