@@ -83,7 +83,7 @@ student=results/smoke/kd_cutmix/seed0 teacher=results/smoke/teacher_cutmix/seed0
 "$(uv run --extra table sh -c 'command -v snakemake')" --profile profiles/slurm --snakefile Snakefile --directory "$work" \
     --slurm-init-seconds-before-status-checks 2 --slurm-status-command squeue --slurm-no-account \
     --slurm-logdir "$work/slurm" --latency-wait 5 \
-    --config protocol=smoke wandb=disabled -- "$student/result.json" >"$work/snakemake.log" 2>&1 &
+    --config protocol=smoke wandb_mode=disabled -- "$student/result.json" >"$work/snakemake.log" 2>&1 &
 snakemake=$!
 pids+=("$snakemake")
 

@@ -28,7 +28,7 @@ def snakemake(tmp_path, monkeypatch, capfd):
     def run(*args: str, config: str = "seeds=2") -> str:
         capfd.readouterr()
         with pytest.raises(SystemExit):
-            cli.main([*start, *args, "--config", "protocol=smoke", "wandb=disabled", *config.split()])
+            cli.main([*start, *args, "--config", "protocol=smoke", "wandb_mode=disabled", *config.split()])
         return "".join(capfd.readouterr())
 
     return run
@@ -126,7 +126,7 @@ def test_a_real_build_with_a_row_that_fails(snakemake):
     damaged.write_bytes(b"no checkpoint")
     targets = [str(folders[row] / "result.json") for row in ("kd_cutmix", "student_baseline")]
     command = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--cores", "2", *targets]
-    command += ["--config", "protocol=smoke", "wandb=disabled", *config.split()]
+    command += ["--config", "protocol=smoke", "wandb_mode=disabled", *config.split()]
     output = subprocess.run(command, capture_output=True, text=True).stderr
     assert (folders["kd_cutmix"] / "result.json").is_file()
     assert re.findall(r"not finished: (\S+): error: .*checkpoint.safetensors is damaged", output) == [
