@@ -3,8 +3,8 @@
 A recipe (`recipes/<row>.py`) says what is trained and on what objective. This module knows how: it puts the images on
 the device, augments whole batches there, trains, evaluates after every epoch, and leaves a folder of results that the
 same command resumes, reprints or builds upon. Parts with a life of their own are modules beside it, named for what they
-are: `cifar_models`, `image_data`, `augmentation`, `training`, `calibration`, `tracking`, `checkpoint`, `run_files`,
-`command_line`.
+are: `cifar_models`, `image_data`, `augmentation`, `training`, `data_parallel`, `calibration`, `tracking`, `checkpoint`,
+`run_files`, `command_line`.
 """
 
 import bisect

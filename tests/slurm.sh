@@ -24,6 +24,8 @@ stop() {
     scancel --partition=gpu 2>/dev/null
     sleep 3 # a job that does not end is killed after KillWait
     kill "${pids[@]}" 2>/dev/null
+    sleep 1 # Snakemake would wait for its jobs
+    kill -KILL "${pids[@]}" 2>/dev/null
     wait
     rm -rf "$work" /etc/slurm/slurm.conf /etc/slurm/gres.conf
 }
@@ -55,6 +57,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
 KillWait=2
+MinJobAge=36000
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 GresTypes=gpu
@@ -80,12 +83,12 @@ student=results/smoke/kd_cutmix/seed0 teacher=results/smoke/teacher_cutmix/seed0
 "$(uv run --extra table sh -c 'command -v snakemake')" --profile profiles/slurm --snakefile Snakefile --directory "$work" \
     --slurm-init-seconds-before-status-checks 2 --slurm-status-command squeue --slurm-no-account \
     --slurm-logdir "$work/slurm" --latency-wait 5 \
-    --config protocol=smoke wandb=disabled -- "$student/result.json" >"$work/snakemake.log" 2>&1 &
+    --config protocol=smoke wandb_mode=disabled -- "$student/result.json" >"$work/snakemake.log" 2>&1 &
 snakemake=$!
 pids+=("$snakemake")
 
 # 3. The teacher's job is told to stop
-until [ -e "$work/$teacher/checkpoint.pt" ]; do
+until [ -e "$work/$teacher/checkpoint.safetensors" ]; do
     kill -0 "$snakemake" || { cat "$work/snakemake.log"; exit 1; }
     sleep 0.2
 done

@@ -19,7 +19,7 @@ ROWS = {
     "teacher_augmix": dict(lr=0.01),
     "student_baseline": dict(lr=0.001),
 }
-SETTINGS = dict(epochs=2, milestones=(1,), train_size=39, batch_size=16, device="cpu", wandb="disabled")
+SETTINGS = dict(epochs=2, milestones=(1,), train_size=39, batch_size=16, device="cpu", wandb_mode="disabled")
 
 
 def frozen_batch_norm(trainer):
