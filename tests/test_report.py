@@ -309,7 +309,7 @@ def test_recompute_names_probabilities_that_are_damaged_or_not_there(results, ca
     before = [(file.parent / "result.json").read_bytes() for file in (cut, gone)]
     assert run(results, recompute=True) == 1
     err = capsys.readouterr().err
-    assert f"{cut} is damaged" in err and f"{gone} is not there" in err
+    assert f"{cut} cannot be used: " in err and f"{gone} is not there" in err
     assert [(file.parent / "result.json").read_bytes() for file in (cut, gone)] == before
     assert {line["row"]: line["seeds"] for line in read_csv(results)}["kd_cutmix"] == "2"
 

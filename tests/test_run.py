@@ -105,18 +105,18 @@ def test_a_finished_run_is_only_printed(tmp_path, monkeypatch):
 def test_overwrite_starts_this_row_over_but_not_its_teacher(tmp_path):
     first, path = run_row("kd_cutmix", tmp_path)
     teacher = tmp_path / "smoke" / "teacher_cutmix"
-    stamps = [(p / "model.safetensors").stat().st_mtime_ns for p in (path, next(teacher.iterdir()))]
+    stamps = [(p / "model.safetensors").stat().st_mtime_ns for p in (path, next(teacher.glob("seed*")))]
     second, _ = run_row("kd_cutmix", tmp_path, overwrite=True)
     assert second["last"] == first["last"]
     assert (path / "model.safetensors").stat().st_mtime_ns > stamps[0]
-    assert (next(teacher.iterdir()) / "model.safetensors").stat().st_mtime_ns == stamps[1]
+    assert (next(teacher.glob("seed*")) / "model.safetensors").stat().st_mtime_ns == stamps[1]
 
 
 def test_a_missing_teacher_is_trained_first_and_only_once(tmp_path, monkeypatch, capsys):
     _, path = run_row("kd_mixup", tmp_path, seed=3)
     out = capsys.readouterr().out
     assert "kd_mixup needs teacher_mixup" in out and "teacher_mixup is finished" in out
-    teacher = next((tmp_path / "smoke" / "teacher_mixup").iterdir())
+    teacher = next((tmp_path / "smoke" / "teacher_mixup").glob("seed*"))
     result = json.loads((teacher / "result.json").read_text())
     assert (result["seed"], result["settings"]["train_size"], result["settings"]["epochs"]) == (3, 96, 1)
     assert result["settings"]["lr"] == 0.05  # its own, not the student's
