@@ -25,12 +25,6 @@ def quiet_and_seeded(monkeypatch):
     common._shared_dataset.cache_clear()
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if "cifar100" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("cifar100"))  # one process unpacks it
-
-
 @pytest.fixture(scope="session")
 def cifar100(tmp_path_factory) -> Path:
     """The real CIFAR-100 as an image folder: `CIFAR100_DIR`, or unpacked from `shared/` beside the project."""

@@ -26,11 +26,6 @@ def together(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     return results, subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
-def mark_two_processes(test):
-    """Slow, and all in one worker for the sake of their one fixture."""
-    return pytest.mark.slow(pytest.mark.xdist_group("torchrun")(test))
-
-
 def read(folder: Path) -> tuple[dict, list[dict], dict, dict]:
     """Result, history without times, weights and probabilities."""
     history = [{**line, "seconds": ""} for line in csv.DictReader((folder / "history.csv").open())]
@@ -59,7 +54,7 @@ def one_process(monkeypatch):
     return lambda row, results, **settings: run_row(row, results, **SETTINGS, **ROWS.get(row, {}), **settings)[1]
 
 
-@mark_two_processes
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ["kd_cutmix", "teacher_augmix"])
 def test_two_processes_take_the_steps_of_one(together, one_process, tmp_path, row):
     """Same order of the images, same augmentation, and the gradient of the whole batch: 16, 16 and 7 or, mixed, 6."""
@@ -72,7 +67,7 @@ def test_two_processes_take_the_steps_of_one(together, one_process, tmp_path, ro
     assert_close(results / alone.relative_to(tmp_path), alone)
 
 
-@mark_two_processes
+@pytest.mark.slow
 def test_a_killed_process_is_restarted_and_the_run_goes_on(together, one_process, tmp_path):
     results, done = together
     assert "exitcode: -9" in done.stderr
@@ -83,7 +78,7 @@ def test_a_killed_process_is_restarted_and_the_run_goes_on(together, one_process
     assert json.loads((again / "result.json").read_text())["processes"] == 2 and not list(again.glob("checkpoint*"))
 
 
-@mark_two_processes
+@pytest.mark.slow
 def test_one_process_goes_on_where_two_stopped(together, one_process, tmp_path, capsys):
     results, _ = together
     resumed = one_process("student_baseline", results, seed=1)

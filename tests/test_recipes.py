@@ -8,9 +8,6 @@ from conftest import ROWS, run_row
 import common
 
 
-pytestmark = pytest.mark.xdist_group("recipes")  # in one process, for they share their teachers
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     return tmp_path_factory.mktemp("results")

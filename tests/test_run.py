@@ -5,8 +5,6 @@ import dataclasses
 import functools
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import ROOT, THREE_STEPS, Killed, in_epoch, run_row
+from conftest import THREE_STEPS, Killed, in_epoch, run_row
 
 import common
 from run_files import UserError, atomic_write
@@ -266,23 +264,6 @@ def test_a_long_run_on_a_cpu_says_so(tmp_path, monkeypatch, capsys):
     with pytest.raises(Killed):
         run_row("student_baseline", tmp_path, epochs=500_000, train_size=192, batch_size=32)
     assert "student_baseline will take about" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_real_images_from_the_command_line(cifar100, tmp_path):
-    """640 real images, all 10,000 test images, the command a user types."""
-    command = [sys.executable, ROOT / "recipes" / "student_baseline.py", "--data-dir", cifar100, "--train-size", "640"]
-    done = subprocess.run(
-        [*map(str, command), "--epochs", "1", "--results-dir", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    result = json.loads(next(tmp_path.rglob("result.json")).read_text())
-    assert (
-        f"best (epoch 1)          {result['best']['accuracy']:.2%}".split() == done.stdout.splitlines()[-4].split()[:4]
-    )
-    assert result["last"]["nll"] == pytest.approx(np.log(100), abs=1.5)
 
 
 def test_config_fields_round_trip_through_json(tmp_path):
