@@ -144,7 +144,7 @@ def reliability(rows: "Sequence[Row]") -> Figure:
 
 def curves(rows: "Sequence[Row]") -> Figure:
     """Accuracy over confidence in 20 bins, all rows in one panel: what W&B overlays from the table of bins."""
-    figure = Figure(figsize=(4.0, 4.2), layout="constrained")
+    figure = Figure(figsize=(4.0, 4.9), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle=":", label="perfect calibration")
     for i, row in enumerate(rows):
@@ -155,7 +155,7 @@ def curves(rows: "Sequence[Row]") -> Figure:
         x, y = confident[filled] / count[filled], correct[filled] / count[filled]
         axes.plot(x, y, **style, markersize=3, label=label, clip_on=False)
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="Confidence", ylabel="Accuracy", aspect="equal")
-    figure.legend(loc="outside lower center", ncols=2)
+    figure.legend(loc="outside lower center")
     return figure
 
 

@@ -357,3 +357,8 @@ def test_no_text_overlaps_in_the_figures(tmp_path):
             assert len(boxes) >= 10
             overlaps = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
             assert not overlaps
+        for figure in (figures.curves(rows[:6]), figures.reliability(rows[6:]), figures.accuracy_ece(rows)):
+            figure.draw_without_rendering()
+            for legend in figure.legends:
+                box = legend.get_window_extent()
+                assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
