@@ -156,6 +156,7 @@ class Protocol(typing.NamedTuple):
     milestones: tuple[int, ...]
     """epochs after which the learning rate is divided by 10"""
     dataset: str
+    train_size: int | None = None
 
 
 # What later runs and reports build upon: `result.json` has the SHA-256 of each.
@@ -165,6 +166,7 @@ PROTOCOLS = {
     "paper": Protocol(500, (150, 180, 210), "cifar100"),
     "short": Protocol(240, (150, 180, 210), "cifar100"),
     "quick": Protocol(30, (19, 23, 27), "cifar100"),
+    "cpu": Protocol(5, (4,), "cifar100", train_size=5000),
     "smoke": Protocol(4, (3,), "digits"),
 }
 
@@ -185,8 +187,9 @@ TeacherName = typing.Annotated[str, tyro.conf.arg(aliases=("--teacher-artifact",
 class Config:
     """Settings that a row hands on to the rows it builds upon."""
 
-    protocol: Literal["paper", "short", "quick", "smoke"] = "paper"
-    """how long to train: paper is 500 epochs, short 240, quick 30; smoke is 4 on the bundled digits"""
+    protocol: Literal["paper", "short", "quick", "cpu", "smoke"] = "paper"
+    """how long to train: paper is 500 epochs, short 240, quick 30; cpu is 5 on a tenth of the images, smoke 4 on the
+    bundled digits"""
     epochs: Count | None = None
     """epochs, if not the protocol's; its milestones then keep their place in proportion"""
     milestones: tuple[Count, ...] | None = None
@@ -200,7 +203,7 @@ class Config:
     image_size: Pixels = 32
     """side to which the images of --dataset folder are resized"""
     train_size: Count | None = None
-    """train on so many images only, spread evenly over the classes"""
+    """train on so many images only, if not the protocol's number, spread evenly over the classes"""
     val_size: Count | None = None
     """hold out so many training images: the epoch `selected` and its temperature are chosen on them"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -287,9 +290,13 @@ def resolve(cfg: Config) -> Config:
     if cfg.milestones and list(cfg.milestones) != sorted(m for m in cfg.milestones if m <= epochs):
         raise UserError(f"--milestones must rise and end by epoch {epochs}, not {' '.join(map(str, cfg.milestones))}")
     in_proportion = tuple(math.ceil(m * epochs / protocol.epochs) for m in protocol.milestones)
-    return dataclasses.replace(
-        cfg, epochs=epochs, milestones=cfg.milestones or in_proportion, dataset=cfg.dataset or protocol.dataset
-    )
+    decided = {
+        "epochs": epochs,
+        "milestones": cfg.milestones or in_proportion,
+        "dataset": cfg.dataset or protocol.dataset,
+        "train_size": cfg.train_size or protocol.train_size,
+    }
+    return dataclasses.replace(cfg, **decided)
 
 
 def _flag(name: str) -> str:
