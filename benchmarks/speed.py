@@ -300,7 +300,7 @@ def ratios(cfg: Config) -> list[dict]:
         model = run.trainer(run.task).model
 
         def evaluate() -> int:
-            calibration_metrics(run.predict(model), run.data.test_labels)
+            calibration_metrics(run.predict(model, run.data.test_images), run.data.test_labels)
             return len(run.data.test_labels)
 
         def evaluate_plainly() -> int:

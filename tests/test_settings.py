@@ -117,7 +117,7 @@ WRONG = [
     ("kd_cutmix", "--temperature 0", "--temperature must be greater than 0"),
     ("kd_cutmix", "--kd-weight -1", "--kd-weight must be 0 or more"),
     ("kd_cutmix", "--ce-weight nan", "--ce-weight must be 0 or more"),
-    ("kd_cutmix", "--protocol long", "'paper', 'short', 'quick', 'smoke'"),
+    ("kd_cutmix", "--protocol long", "'paper', 'short', 'quick', 'cpu', 'smoke'"),
     ("kd_cutmix", "--protocol smok", "--protocol"),
     ("kd_cutmix", "--protocl smoke", "--protocl, smoke (did you mean --protocol?)"),
     ("kd_cutmix", "--dataset cifar10", "cifar100"),
