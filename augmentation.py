@@ -7,6 +7,7 @@ Lengths are fractions of the image, so they hold at any size.
 """
 
 import functools
+import random
 from typing import Literal
 
 import numpy as np
@@ -66,20 +67,30 @@ class Standard:
         start_y = h / 2 - sin * (w - 1) / 2 - cos * (h - 1) / 2
         # 16.16 fixed point as in PIL, so that what lies on an edge falls to the same side as there
         fixed = (torch.floor(v * 65536 + 0.5).long() for v in (cos, sin, start_x, start_y))
-        draws = torch.stack([*shift, flip, *fixed]).to(images.device, non_blocking=True)
+        draws = torch.stack([*shift, flip, *fixed]).int().to(images.device, non_blocking=True)
         down, right, flip, cos, sin, start_x, start_y = draws.view(7, b, 1, 1)
-        y, x = torch.meshgrid(*(torch.arange(n, device=images.device) for n in (h, w)), indexing="ij")
-        visible = torch.ones((), dtype=torch.bool, device=images.device)
+        y = torch.arange(h, device=images.device, dtype=torch.int32).view(h, 1)
+        x = torch.arange(w, device=images.device, dtype=torch.int32)
+        signs = 0  # a sign bit where a pixel has left the frame in any of the operations: one comparison for all
         for step in reversed(self.order):
             if step == "crop":
                 y, x = y - down, x - right
             elif step == "flip":
-                x = torch.where(flip > 0, w - 1 - x, x)
+                x = x * (1 - 2 * flip) + flip * (w - 1)
             else:
-                y, x = (start_y + sin * x + cos * y) >> 16, (start_x + cos * x - sin * y) >> 16
-            visible = visible & (x >= 0) & (x < w) & (y >= 0) & (y < h)
-        source = torch.where(visible, y * w + x, 0).view(b, 1, h * w).expand(-1, 3, -1)
+                y, x = (start_y + sin * x) + cos * y >> 16, (start_x + cos * x) - sin * y >> 16
+            if step != "flip":
+                signs = (signs | y | h - 1 - y) | (x | w - 1 - x)
+        visible = signs >= 0
+        source = ((y * w + x) * visible).long().view(b, 1, h * w).expand(-1, 3, -1)
         return images.flatten(2).gather(2, source).view_as(images) * visible.unsqueeze(1)
+
+
+def inside(boxes: Tensor, h: int, w: int, device: torch.device) -> Tensor:
+    """int64 (B, 4) of top, left, bottom, right, the last two excluded -> bool (B, 1, h, w), on the device."""
+    top, left, bottom, right = boxes.to(device, non_blocking=True).view(-1, 4, 1, 1, 1).unbind(1)
+    y, x = torch.arange(h, device=device).view(h, 1), torch.arange(w, device=device)
+    return (y >= top) & (y < bottom) & (x >= left) & (x < right)
 
 
 class CutMix(Mixup):
@@ -98,11 +109,9 @@ class CutMix(Mixup):
         center[lam != 1] = np.random.randint((h, w), size=((lam != 1).sum(), 2))
         low, high = (np.clip(edge, 0, (h, w)) for edge in (center - size // 2, center + (size + 1) // 2))
         lam = torch.from_numpy(1 - np.prod(high - low, 1) / (h * w)).to(x.dtype).unsqueeze(1)
-        boxes, lam = (t.to(x.device, non_blocking=True) for t in (torch.from_numpy(np.hstack([low, high])), lam))
-        top, left, bottom, right = boxes[..., None, None].unbind(1)
-        y, x_ = torch.arange(h, device=x.device).view(-1, 1), torch.arange(w, device=x.device)
-        inside = (y >= top) & (y < bottom) & (x_ >= left) & (x_ < right)
-        torch.where(inside.unsqueeze(1), x.flip(0), x, out=x)
+        boxes = torch.from_numpy(np.hstack([low, high]))
+        torch.where(inside(boxes, h, w, x.device), x.flip(0), x, out=x)
+        lam = lam.to(x.device, non_blocking=True)
         return lam
 
 
@@ -129,12 +138,31 @@ class Mix(Standard):
         return self.mixup(*super().__call__(images[:even], labels[:even]))
 
 
+class Erasing(RandomErasing):
+    """timm's `RandomErasing` of squares of one size, as boxes: the same numbers drawn in the same order, without its
+    loop over the images' pixels."""
+
+    def __init__(self, size: int, canvas: int):
+        self.size, self.canvas = size, canvas
+        area = size**2 / canvas**2
+        super().__init__(1.0, area, area, min_aspect=1.0, max_aspect=1.0, device="cpu")
+
+    def boxes(self, n: int) -> Tensor:
+        """int64 (n, 4): top, left, bottom, right, the last two excluded."""
+
+        def corner() -> tuple[int, int]:
+            random.random(), random.uniform(0, 1), random.uniform(0, 1)  # timm's whether, area and aspect
+            return random.randint(0, self.canvas - self.size), random.randint(0, self.canvas - self.size)
+
+        corners = torch.tensor([corner() for _ in range(n)])
+        return torch.hstack([corners, corners + self.size])
+
+
 class CutOut(Standard):
     """Standard augmentation, then CutOut (DeVries & Taylor, 2017): one square hole, 0 after normalisation.
 
-    Its centre is uniform over the image and the border clips it. timm's `RandomErasing` keeps its rectangle inside,
-    so it erases on a canvas that is larger by the hole less one pixel, and the canvas is cut off again. The canvas is a
-    mask on the CPU, for timm erases in a loop over the images.
+    Its centre is uniform over the image and the border clips it. timm's `RandomErasing` keeps its rectangle inside, so
+    it erases on a canvas that is larger by the hole less one pixel, and the canvas is cut off again.
 
     Args:
         size: side of the hole, as a fraction of the image (16 of 32 pixels).
@@ -148,12 +176,8 @@ class CutOut(Standard):
         images, labels = super().__call__(images, labels)
         h, w = images.shape[-2:]
         hole = round(self.size * h)
-        before = hole // 2
-        canvas = torch.ones(len(images), 1, h + hole - 1, w + hole - 1, dtype=torch.bool)
-        area = hole**2 / canvas[0].numel()
-        RandomErasing(1.0, area, area, min_aspect=1.0, max_aspect=1.0, device="cpu")(canvas)
-        kept = canvas[:, :, before : before + h, before : before + w].to(images.device, non_blocking=True)
-        return images.masked_fill_(~kept, 0), labels
+        boxes = Erasing(hole, h + hole - 1).boxes(len(images)) - hole // 2
+        return images.masked_fill_(inside(boxes, h, w, images.device), 0), labels
 
 
 class AugMix(Standard):

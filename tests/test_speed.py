@@ -45,6 +45,7 @@ def test_cutout_gives_what_timms_loop_gives_on_the_images(size):
     images, labels = torch.randint(256, (40, 3, size, size), dtype=torch.uint8), torch.arange(40)
     random.seed(0), torch.manual_seed(0)
     ours, _ = common.CutOut(0.5)(images, labels)
+    following = random.random()
     random.seed(0), torch.manual_seed(0)
     plain, _ = common.Standard()(images, labels)
     hole = size // 2
@@ -53,6 +54,7 @@ def test_cutout_gives_what_timms_loop_gives_on_the_images(size):
     before, after = hole // 2, hole - 1 - hole // 2
     expected = erase(F.pad(plain, (before, after, before, after)))[..., before : before + size, before : before + size]
     assert torch.equal(ours, expected) and not torch.equal(ours, plain)
+    assert random.random() == following  # nothing more and nothing less was drawn
 
 
 def make_task(kind: str, seed: int = 0) -> TrainingTask:
