@@ -1,15 +1,16 @@
-"""What the recipes share. Read it top to bottom: objectives, settings, run, facts, command line.
+"""What the recipes share. Read it top to bottom: settings, run, facts, command line.
 
 A recipe (`recipes/<row>.py`) says what is trained and on what objective. This module knows how: it puts the images on
 the device, augments whole batches there, trains, evaluates after every epoch, and leaves a folder of results that the
 same command resumes, reprints or builds upon. Parts with a life of their own are modules beside it, named for what they
-are: `cifar_models`, `image_data`, `augmentation`, `training`, `data_parallel`, `calibration`, `tracking`, `checkpoint`,
-`run_files`, `command_line`.
+are: `cifar_models`, `image_data`, `augmentation`, `objectives`, `training`, `data_parallel`, `teacher_outputs`,
+`calibration`, `tracking`, `checkpoint`, `run_files`, `command_line`.
 """
 
 import bisect
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import json
 import math
@@ -30,14 +31,9 @@ from typing import Any, Literal
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 import tyro
-from timm.loss import JsdCrossEntropy
-from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
-from timm.task.distillation import DistillationTeacher
+from timm.task import TrainingTask
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
-from torch.fx.proxy import TraceError
 from tqdm import tqdm
 
 import checkpoint
@@ -47,6 +43,7 @@ from augmentation import AugMix, CutOut, Mix, Standard, normalize  # noqa: F401 
 from calibration import calibration_metrics, reliability_diagram, scores_of_run
 from command_line import orderly_end, parse
 from image_data import Dataset, load_dataset
+from objectives import EnsembleDistillationTask, JsdTask, Reduction, Teacher  # noqa: F401 as above
 from run_files import (
     HALF,
     UserError,
@@ -61,6 +58,7 @@ from run_files import (
     variant,
     write_csv,
 )
+from teacher_outputs import EpochOutputs
 from tracking import ARTIFACT, Tracker, fetch_artifact, in_sweep
 from training import Compile, Precision, Trainer
 
@@ -68,87 +66,7 @@ ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"  # those that came with the code
 
 
-# 1. Objectives -------------------------------------------------------------------------------------------
-
-
-class Teacher(DistillationTeacher):
-    """One frozen teacher, or several whose logits are stacked: (B, 3, H, W) -> (B, K) or (teachers, B, K)."""
-
-    def __init__(self, *models: nn.Module):
-        folded = [fold_batch_norm(model.eval().requires_grad_(False)) for model in models]
-        super().__init__(folded[0] if len(folded) == 1 else StackedModels(folded))
-
-    def normalize_input(self, input: Tensor, student_mean=None, student_std=None) -> Tensor:
-        """All models here share one normalisation; timm's comparison would stall a GPU at every step."""
-        return input
-
-
-def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """A copy with each batch norm in the convolution before it; the model itself where torch.fx cannot trace it."""
-    try:
-        return fuse(model)
-    except TraceError:
-        return model
-
-
-class StackedModels(nn.ModuleList):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([model(x) for model in self])
-
-
-Reduction = Literal["add", "mean", "softmax_mean", "softmax_sum"]
-
-
-class EnsembleDistillationTask(LogitDistillationTask):
-    """Distillation from several teachers at once.
-
-    With KL_k = KL(softmax(z_k / T) || softmax(z / T)), a batch mean, the distillation loss is T^2 times
-
-    - `add`: sum_k KL_k
-    - `mean`: the mean of KL_k
-    - `softmax_mean`: KL of the mean of the softened teachers
-    - `softmax_sum`: the same with their sum for a target, which is no distribution, as the original script has it
-
-    The published report names the first three; each reduces to `LogitDistillationTask` for one teacher.
-    """
-
-    def __init__(self, student_model: nn.Module, teacher_model: Teacher, reduction: Reduction, **kwargs):
-        super().__init__(student_model, teacher_model, **kwargs)
-        self.reduction = reduction
-
-    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        output = self.trainable_module(input)
-        task_loss = self.criterion(output, target)
-        with torch.no_grad():
-            teachers = F.softmax(self.teacher(input) / self.temperature, dim=-1)
-            if self.reduction == "softmax_mean":
-                teachers = teachers.mean(0, keepdim=True)
-            elif self.reduction == "softmax_sum":
-                teachers = teachers.sum(0, keepdim=True)
-        student = F.log_softmax(output / self.temperature, dim=-1)
-        kd_loss = sum(F.kl_div(student, teacher, reduction="batchmean") for teacher in teachers) * self.temperature**2
-        if self.reduction == "mean":
-            kd_loss = kd_loss / len(teachers)
-        loss = self.task_loss_weight * task_loss + self.distill_loss_weight * kd_loss
-        return {"loss": loss, "output": output, "task_loss": task_loss, "kd_loss": kd_loss}
-
-
-class JsdTask(ClassificationTask):
-    """timm's `ClassificationTask` with its `JsdCrossEntropy`, which returns that loss's two parts as well."""
-
-    def __init__(self, model: nn.Module, criterion: JsdCrossEntropy):
-        super().__init__(model, criterion)
-
-    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        result = super().forward(input, target)
-        with torch.no_grad():
-            clean = result["output"][: len(target)]
-            task_loss = self.criterion.cross_entropy_loss(clean, target)
-            jsd_loss = (result["loss"] - task_loss) / max(self.criterion.alpha, 1e-12)
-        return {**result, "task_loss": task_loss, "jsd_loss": jsd_loss}
-
-
-# 2. Settings ---------------------------------------------------------------------------------------------
+# 1. Settings ---------------------------------------------------------------------------------------------
 
 
 class Protocol(typing.NamedTuple):
@@ -215,6 +133,9 @@ class Config:
     teacher_from: Literal["results", "train"] = "results"
     """where a teacher or member comes from that is not trained yet: results is the half-precision weights published
     under results/, if there are any, train is its recipe"""
+    share_teachers: bool = False
+    """keep what teachers say of every view in results/teacher_outputs/, for all students of the same seed and batch
+    size: same bits, a third to two thirds of the time, 20 MB an epoch and teacher on CIFAR-100"""
     wandb_project: str | None = None
     """project there, if not WANDB_PROJECT or calibrated-distillation"""
     wandb_charts: Count = 10
@@ -254,6 +175,7 @@ NOT_IDENTITY = {
     "results_dir",
     "overwrite",
     "teacher_from",
+    "share_teachers",
     "compile",
     "deterministic",
     "wandb_mode",
@@ -341,7 +263,7 @@ def _shared_dataset(
     return (dataset.train_subset(train_size) if train_size else dataset).to(device)
 
 
-# 3. Run --------------------------------------------------------------------------------------------------
+# 2. Run --------------------------------------------------------------------------------------------------
 
 
 def run_row(row: str, main: Callable, cfg: Config) -> dict[str, Any]:
@@ -397,6 +319,7 @@ class Run:
             raise UserError("--device cuda: torch sees no GPU here; --device cpu goes without")
         self.device = data_parallel.join("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
         self.model_name: str | None = None  # what is trained; an ensemble trains nothing
+        self.teachers: list[str] = []  # digests of their weights
         self.sources: list[str] = []  # the teachers or members: folders, or artifacts in W&B
         self.sweep = False  # whether it is the run that a W&B agent asked for, not one that is trained on its way
         self.needed = "result.json"  # the file for want of which it is trained
@@ -429,7 +352,9 @@ class Run:
         Raises:
             UserError: no such row, or trained on other classes or images.
         """
-        return Teacher(*(self._load_model(file) for file in self._finished(rows, "model.safetensors")))
+        files = self._finished(rows, "model.safetensors")
+        self.teachers = [sha256(file) for file in files]
+        return Teacher(*(self._load_model(file) for file in files))
 
     def fit(self, task: TrainingTask, augment: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
         """Train `task.trainable_module`, evaluating it after every epoch, and write the run's folder."""
@@ -563,6 +488,7 @@ class Run:
         batches = torch.randperm(len(labels)).to(self.device).split(self.cfg.batch_size)
         if len(batches[-1]) == 1:  # batch norm and mixing need two
             batches = batches[:-1]
+        outputs = self._share_outputs(trainer, augment, epoch, sum(map(len, batches)))
         losses, parts = torch.zeros(len(batches), device=self.device), {}
         started = time.perf_counter()
         for step, index in enumerate(batches, 1):
@@ -587,9 +513,24 @@ class Run:
             raise UserError(
                 f"{what} at step {step + 1} of epoch {epoch}, at learning rate {lr:g}: try a smaller --lr{good}"
             )
+        if outputs:
+            outputs.save()
         sizes = torch.tensor([len(index) for index in batches])
         means = {name: value.item() / sizes.sum().item() for name, value in parts.items()}
         return {"train_loss": float(losses.cpu() @ sizes.float() / sizes.sum()), **means}
+
+    def _share_outputs(self, trainer: Trainer, augment: Callable, epoch: int, images: int) -> EpochOutputs | None:
+        """With --share-teachers, have the teachers of a student of standard views say what they said to others."""
+        cfg, data = self.cfg, self.data
+        if not cfg.share_teachers or not self.teachers or type(augment) is not Standard or data_parallel.size() > 1:
+            return None
+        same = ("train_size", "val_size", "image_size", "seed", "batch_size")
+        views = [data.fingerprint, {name: getattr(cfg, name) for name in same}, vars(augment)]
+        names = [json.dumps([digest, *views, self.device.type, trainer.precision]) for digest in self.teachers]
+        shared = cfg.results_dir / "teacher_outputs"
+        folders = [shared / hashlib.sha256(name.encode()).hexdigest()[:16] for name in names]
+        trainer.task.teacher.outputs = EpochOutputs([f / f"epoch{epoch:03}.npz" for f in folders], images, self.device)
+        return trainer.task.teacher.outputs
 
     def _evaluate(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, float], dict[str, float]]:
         """Predictions, the scores of those for the test images and, with --val-size, for the held-out ones."""
@@ -803,7 +744,7 @@ class Run:
         tracker.finish(result, self.data.classes, images)
 
 
-# 4. Facts about a run ------------------------------------------------------------------------------------
+# 3. Facts about a run ------------------------------------------------------------------------------------
 
 
 def published(row: str, changes: dict[str, Any]) -> dict[str, float | None] | None:
@@ -833,7 +774,7 @@ def versions() -> dict[str, str | None]:
     return {"python": platform.python_version(), **libraries, "cuda": torch.version.cuda, "commit": commit}
 
 
-# 5. Command line -----------------------------------------------------------------------------------------
+# 4. Command line -----------------------------------------------------------------------------------------
 
 
 def cli(main: Callable[[Config, Run], None]) -> None:

@@ -1,0 +1,98 @@
+"""What is trained on, as timm's tasks: distillation from one teacher or several, and AugMix's divergence.
+
+A single teacher's distillation is timm's own `LogitDistillationTask`.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from timm.loss import JsdCrossEntropy
+from timm.task import ClassificationTask, LogitDistillationTask
+from timm.task.distillation import DistillationTeacher
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
+from torch.fx.proxy import TraceError
+
+from teacher_outputs import EpochOutputs
+
+
+class Teacher(DistillationTeacher):
+    """One frozen teacher, or several whose logits are stacked: (B, 3, H, W) -> (B, K) or (teachers, B, K)."""
+
+    def __init__(self, *models: nn.Module):
+        folded = [fold_batch_norm(model.eval().requires_grad_(False)) for model in models]
+        super().__init__(folded[0] if len(folded) == 1 else StackedModels(folded))
+        self.outputs: EpochOutputs | None = None  # where this epoch's logits are shared with other students
+
+    def forward(self, input: Tensor, return_features: bool = False) -> Tensor:
+        return self.outputs.step(self.model, input) if self.outputs else super().forward(input, return_features)
+
+    def normalize_input(self, input: Tensor, student_mean=None, student_std=None) -> Tensor:
+        """All models here share one normalisation; timm's comparison would stall a GPU at every step."""
+        return input
+
+
+def fold_batch_norm(model: nn.Module) -> nn.Module:
+    """A copy with each batch norm in the convolution before it; the model itself where torch.fx cannot trace it."""
+    try:
+        return fuse(model)
+    except TraceError:
+        return model
+
+
+class StackedModels(nn.ModuleList):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([model(x) for model in self])
+
+
+Reduction = Literal["add", "mean", "softmax_mean", "softmax_sum"]
+
+
+class EnsembleDistillationTask(LogitDistillationTask):
+    """Distillation from several teachers at once.
+
+    With KL_k = KL(softmax(z_k / T) || softmax(z / T)), a batch mean, the distillation loss is T^2 times
+
+    - `add`: sum_k KL_k
+    - `mean`: the mean of KL_k
+    - `softmax_mean`: KL of the mean of the softened teachers
+    - `softmax_sum`: the same with their sum for a target, which is no distribution, as the original script has it
+
+    The published report names the first three; each reduces to `LogitDistillationTask` for one teacher.
+    """
+
+    def __init__(self, student_model: nn.Module, teacher_model: Teacher, reduction: Reduction, **kwargs):
+        super().__init__(student_model, teacher_model, **kwargs)
+        self.reduction = reduction
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        output = self.trainable_module(input)
+        task_loss = self.criterion(output, target)
+        with torch.no_grad():
+            teachers = F.softmax(self.teacher(input) / self.temperature, dim=-1)
+            if self.reduction == "softmax_mean":
+                teachers = teachers.mean(0, keepdim=True)
+            elif self.reduction == "softmax_sum":
+                teachers = teachers.sum(0, keepdim=True)
+        student = F.log_softmax(output / self.temperature, dim=-1)
+        kd_loss = sum(F.kl_div(student, teacher, reduction="batchmean") for teacher in teachers) * self.temperature**2
+        if self.reduction == "mean":
+            kd_loss = kd_loss / len(teachers)
+        loss = self.task_loss_weight * task_loss + self.distill_loss_weight * kd_loss
+        return {"loss": loss, "output": output, "task_loss": task_loss, "kd_loss": kd_loss}
+
+
+class JsdTask(ClassificationTask):
+    """timm's `ClassificationTask` with its `JsdCrossEntropy`, which returns that loss's two parts as well."""
+
+    def __init__(self, model: nn.Module, criterion: JsdCrossEntropy):
+        super().__init__(model, criterion)
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        result = super().forward(input, target)
+        with torch.no_grad():
+            clean = result["output"][: len(target)]
+            task_loss = self.criterion.cross_entropy_loss(clean, target)
+            jsd_loss = (result["loss"] - task_loss) / max(self.criterion.alpha, 1e-12)
+        return {**result, "task_loss": task_loss, "jsd_loss": jsd_loss}
