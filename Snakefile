@@ -21,12 +21,16 @@ from report import sort_into_rows
 from run_files import UserError
 
 OWN = {"seeds", "variants", "jobs_per_gpu"}
-FLAGS = [
-    word
-    for name, value in config.items()
-    if name not in OWN
-    for word in (f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value]))
-]
+config.setdefault("share_teachers", config.get("protocol") in ("cpu", "smoke"))  # where that takes megabytes
+
+
+def flag(name, value):
+    """A setting as words of a command line."""
+    values = [] if isinstance(value, bool) else map(str, value if isinstance(value, list) else [value])
+    return [f"--{'no-' * (value is False)}{name.replace('_', '-')}", *values]
+
+
+FLAGS = [word for name, value in config.items() if name not in OWN for word in flag(name, value)]
 SEEDS = range(int(config.get("seeds", 3)))
 ONE_GPU = [sys.executable, str(common.ROOT / "one_gpu.py"), str(config.get("jobs_per_gpu", 1))]
 WEIGHTS, PROBABILITIES = "model.safetensors", "probabilities.npz"

@@ -397,7 +397,8 @@ def main() -> None:
     cfg = tyro.cli(Config, description=__doc__)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     text = report(ratios(cfg), start_up(cfg.repeats), device, cfg)
-    slug = re.sub(r"[^a-z0-9]+", "-", common.hardware(device).lower()).strip("-")
+    name = common.hardware(device) + (f" compile {cfg.compile}" if cfg.compile != "auto" else "")
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     (cfg.out / f"{slug}.md").write_text(text)
     print(f"\n{text}\nwritten to {cfg.out / slug}.md")
 

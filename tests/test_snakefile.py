@@ -118,8 +118,10 @@ def test_results_without_weights_are_results(snakemake, built):
 @pytest.mark.slow
 def test_a_real_build_with_a_row_that_fails(snakemake):
     """The failure is named and the rest built; once mended, only what lacks is run. An outdated row is trained anew."""
-    config = "seeds=1 epochs=1 train_size=96"
+    config = "seeds=1 epochs=1 train_size=96 wandb_thumbnails=true"
     plan = snakemake("-n", "-p", config=config)
+    assert "--wandb-thumbnails --share-teachers --seed" in plan
+    assert "--no-share-teachers --seed" in snakemake("-n", "-p", config="share_teachers=false")
     folders = {Path(p).parent.name: Path(p) for p in re.findall(r"> (results/smoke/\S+)/run.log", plan)}
     damaged = folders["student_baseline"] / "checkpoint.safetensors"
     damaged.parent.mkdir(parents=True)

@@ -1,6 +1,7 @@
 """Every fast path against the plain one it stands for."""
 
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ import training
 from augmentation import CutMix
 from image_data import load_dataset
 from training import Trainer, has_compiler
+
+sys.path.insert(0, str(Path(common.__file__).parent / "benchmarks"))
+import speed
 
 
 @pytest.mark.parametrize("size", [(32, 32), (16, 16), (24, 40)], ids=str)
@@ -199,3 +203,21 @@ def test_augmentations_and_step_wait_for_no_device():
             with Watch():
                 trainer.step(inputs, targets)
     assert not seen
+
+
+def test_the_benchmark_measures_the_recipes(monkeypatch, tmp_path):
+    """Not how fast they are, but that every kind of line can be measured, and the table written."""
+    monkeypatch.setattr(speed, "start_up", lambda repeats: (2.0, 1.0))
+    rows = "MixUp|AugMix$|four|evaluation|^input, standard"
+    cfg = speed.Config(dataset="digits", rows=rows, seconds=0.0, repeats=1, workers=0, out=tmp_path)
+    monkeypatch.setattr("tyro.cli", lambda *args, **kwargs: cfg)
+    speed.main()
+    (file,) = tmp_path.iterdir()
+    lines = [line.split(" | ") for line in file.read_text().splitlines() if line.startswith("| ") and "." in line]
+    names = [line[0].strip("| ") for line in lines]
+    assert names == [
+        "teacher, MixUp", "teacher, AugMix", "KD, four teachers", "KD, four teachers, shared", "input, standard",
+        "input, AugMix", "evaluation, student",
+    ]  # fmt: skip
+    assert all(float(line[1].replace(",", "")) > 0 for line in lines)
+    exec(speed.OUR_START, {})
