@@ -107,7 +107,8 @@ class Trainer:
 
     def is_finite(self) -> bool:
         """Whether all weights and running statistics are."""
-        return bool(torch.stack([tensor.isfinite().all() for tensor in self.model.state_dict().values()]).all())
+        tensors = [tensor for tensor in self.model.state_dict().values() if tensor.is_floating_point()]
+        return bool(nn.utils.get_total_norm(tensors).isfinite())
 
 
 def autocast(model: nn.Module, device: torch.device) -> None:

@@ -28,15 +28,15 @@ def build(entity: str, project: str, table: str) -> "Report":
         import wandb_workspaces.reports.v2 as wr
     except ImportError:
         raise UserError("--wandb needs wandb-workspaces: uv sync --extra wandb-report installs it") from None
-    from wandb_workspaces.expr import Config, Metric
+    from wandb_workspaces.expr import And, Config, Metric
 
     def runs(**names: str) -> list[wr.Runset]:
         """A run set for each kind of row: finished runs as published, in groups of one row."""
-        filters = {kind: [Metric("JobType") == kind, Metric("State") == "finished"] for kind in names.values()}
+        filters = {kind: And(Metric("JobType") == kind, Metric("State") == "finished") for kind in names.values()}
         return [wr.Runset(name=name, filters=filters[kind], groupby=["group"]) for name, kind in names.items()]
 
     def each(**names: str) -> list[wr.Runset]:
-        return [wr.Runset(name=name, filters=[Metric("JobType") == kind]) for name, kind in names.items()]
+        return [wr.Runset(name=name, filters=And(Metric("JobType") == kind)) for name, kind in names.items()]
 
     curves = wr.CustomChart(
         query={"summaryTable": {"tableKey": "calibration/curve_table"}},
@@ -64,7 +64,7 @@ def build(entity: str, project: str, table: str) -> "Report":
         ),
         wr.ParameterImportancePlot(with_respect_to="val/accuracy", layout=wr.Layout(y=10, w=24, h=8)),
     ]
-    held_out = wr.Runset(name="Runs with held-out images", filters=[Config("val_size") > 0])
+    held_out = wr.Runset(name="Runs with held-out images", filters=And(Config("val_size") >= 1))
     blocks = [
         wr.TableOfContents(),
         wr.H1("The table"),

@@ -31,8 +31,11 @@ import tyro
 from PIL import Image
 from timm.loss import JsdCrossEntropy
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 from torchvision import transforms
 
 import common
@@ -52,7 +55,8 @@ ROWS = (
     ("KD, four teachers", "kd_ensemble_add_loss", "kd", {}),
     ("KD, four teachers, shared", "kd_ensemble_add_loss", "kd", {"share_teachers": True}),
 )
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, from the vendor's data sheets
+# FLOP/s (dense bf16) and bytes/s of memory, from the vendor's data sheets
+PEAKS = {"H200": (989e12, 4.8e12), "H100": (989e12, 3.35e12), "A100": (312e12, 2.04e12)}
 
 
 @dataclass
@@ -233,7 +237,7 @@ def images_per_second(step: Callable[[], int], seconds: float, device: torch.dev
     if device.type == "cuda":
         torch.cuda.synchronize()
     done, started = 0, time.perf_counter()
-    while time.perf_counter() - started < seconds:
+    while not done or time.perf_counter() - started < seconds:
         done += step()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -285,9 +289,10 @@ def ratios(cfg: Config) -> list[dict]:
     for name, row, kind, settings in ROWS:
         if re.search(cfg.rows, name):
             run = build(row, cfg, Path(shared.name), **settings)
-            flops = count_flops(run) if run.device.type == "cuda" else None
-            reference = ReferenceLoop(run, kind, cfg.workers)
-            add(name, alternate(cfg, run, reference, ours=our_steps(run), reference=reference.step), flops=flops)
+            work = None if settings else count_work(run)  # what is shared is not computed
+            reference, ours = ReferenceLoop(run, kind, cfg.workers), our_steps(run)
+            speeds = alternate(cfg, run, reference, ours=ours, reference=reference.step)
+            add(name, speeds, work=work, split=time_split(ours, run.device))
     for name, row, kind in (
         ("input, standard", "teacher_baseline", "plain"),
         ("input, AugMix", "teacher_augmix", "augmix"),
@@ -325,15 +330,40 @@ def ratios(cfg: Config) -> list[dict]:
     return lines
 
 
-def count_flops(run: MeasuredRun) -> float:
-    """Floating-point operations of training on one image, from the shapes of all matrix products and convolutions."""
-    images, labels = run.data.train_images[:8], run.data.train_labels[:8]
-    inputs, targets = run.augment(images, labels)
+class CountWork(TorchDispatchMode):
+    """Floating-point operations of matrix products and convolutions, and the bytes these read and write, as if all else
+    were fused into them."""
+
+    flops = bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if formula := flop_registry.get(function.overloadpacket):
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+            self.bytes += sum(tensor.nbytes for tensor in tensors)
+        return result
+
+
+def count_work(run: MeasuredRun) -> tuple[float, float]:
+    """Floating-point operations and, in float32, bytes of training on one image, teachers' included."""
+    inputs, targets = run.augment(run.data.train_images[:8], run.data.train_labels[:8])
     task = run.task.to(run.device).train()
-    with FlopCounterMode(display=False) as counter:
+    with CountWork() as work:
         task(inputs, targets)["loss"].backward()
     task.zero_grad()
-    return counter.get_total_flops() / len(images)
+    return work.flops / 8, work.bytes / 8
+
+
+def time_split(step: Callable[[], int], device: torch.device) -> str:
+    """The six kinds of operation in which a step's time goes, on the GPU's clock where there is one."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(activities=activities, acc_events=True) as profiler:
+        step()
+    clock = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    times = {event.key: getattr(event, clock) for event in profiler.key_averages()}
+    longest = sorted(times, key=times.get, reverse=True)[:6]
+    return ", ".join(f"`{name[:60]}` {times[name] / sum(times.values()):.0%}" for name in longest)
 
 
 OUR_START = (
@@ -380,16 +410,21 @@ def report(lines: list[dict], starts: tuple[float, float], device: torch.device,
         text.append(f"| {line['name']} | {ours:,.0f} | {theirs:,.0f} | {ours / theirs:.2f} | {line['seconds']:,.1f} |")
     text += ["", "All images are 50,000, for evaluation 10,000. Shared: the teachers' outputs are there already."]
     text += ["", f"Start to first step: {starts[0]:.1f} s; with torch and timm alone {starts[1]:.1f} s."]
-    peak = next((key for key in PEAK_FLOPS if key in name), None)
-    if device.type == "cuda" and peak:
-        text += ["", "| | GFLOP an image | share of peak | floor, s an epoch |", "|---|---|---|---|"]
-        for line in lines:
-            if line.get("flops"):
-                share, floor = (
-                    line["ours"] * line["flops"] / PEAK_FLOPS[peak],
-                    50_000 * line["flops"] / PEAK_FLOPS[peak],
-                )
-                text.append(f"| {line['name']} | {line['flops'] / 1e9:.2f} | {share:.1%} | {floor:.2f} |")
+    text += ["", "| | GFLOP an image | MB an image, fp32 | where a step's time goes |", "|---|---|---|---|"]
+    trained = [line for line in lines if line.get("work")]
+    for line in trained:
+        flops, moved = line["work"]
+        text.append(f"| {line['name']} | {flops / 1e9:.2f} | {moved / 1e6:.1f} | {line['split']} |")
+    if peak := next((key for key in PEAKS if key in name), None):
+        text += [
+            "",
+            "| | share of peak FLOP/s | floor by operations, s | floor by bytes in bf16, s |",
+            "|---|---|---|---|",
+        ]
+        for line in trained:
+            flops, seconds = line["work"][0], (line["work"][0] / PEAKS[peak][0], line["work"][1] / 2 / PEAKS[peak][1])
+            floors = " | ".join(f"{50_000 * s:.2f}" for s in seconds)
+            text.append(f"| {line['name']} | {line['ours'] * flops / PEAKS[peak][0]:.1%} | {floors} |")
     return "\n".join(text) + "\n"
 
 

@@ -208,16 +208,33 @@ def test_augmentations_and_step_wait_for_no_device():
 def test_the_benchmark_measures_the_recipes(monkeypatch, tmp_path):
     """Not how fast they are, but that every kind of line can be measured, and the table written."""
     monkeypatch.setattr(speed, "start_up", lambda repeats: (2.0, 1.0))
-    rows = "MixUp|AugMix$|four|evaluation|^input, standard"
-    cfg = speed.Config(dataset="digits", rows=rows, seconds=0.0, repeats=1, workers=0, out=tmp_path)
+    monkeypatch.setattr(common, "hardware", lambda device: "NVIDIA H200")
+    cfg = speed.Config(
+        dataset="digits", rows="AugMix$|shared|evaluation", seconds=0.0, repeats=1, workers=0, out=tmp_path
+    )
     monkeypatch.setattr("tyro.cli", lambda *args, **kwargs: cfg)
     speed.main()
-    (file,) = tmp_path.iterdir()
-    lines = [line.split(" | ") for line in file.read_text().splitlines() if line.startswith("| ") and "." in line]
-    names = [line[0].strip("| ") for line in lines]
-    assert names == [
-        "teacher, MixUp", "teacher, AugMix", "KD, four teachers", "KD, four teachers, shared", "input, standard",
-        "input, AugMix", "evaluation, student",
+    text = (tmp_path / "nvidia-h200.md").read_text()
+    ratios, work, floors = (
+        [line.strip("| ").split(" | ") for line in part.splitlines()[2:] if line.startswith("| ")]
+        for part in text.split("\n| | ")[1:]
+    )
+    assert [line[0] for line in ratios] == [
+        "teacher, AugMix", "KD, four teachers, shared", "input, AugMix", "evaluation, student"
     ]  # fmt: skip
-    assert all(float(line[1].replace(",", "")) > 0 for line in lines)
+    assert all(float(number.replace(",", "")) > 0 for line in ratios for number in line[1:])
+    # Three views of 16 x 16 pixels: WRN-40-2 has 82 million multiplications forward, as many twice backward
+    assert [line[0] for line in work] == [line[0] for line in floors] == ["teacher, AugMix"]
+    assert float(work[0][1]) == pytest.approx(3 * 3 * 2 * 0.0820, rel=0.01) and "convolution" in work[0][3]
+    assert float(floors[0][2]) == pytest.approx(float(work[0][1]) * 1e9 * 50_000 / 989e12, abs=0.01)
+
+
+def test_work_is_that_of_matrix_products_and_convolutions():
+    layer, images = nn.Linear(30, 20), torch.randn(8, 30)
+    with speed.CountWork() as work:
+        layer(images).relu()
+    assert work.flops == 2 * 8 * 30 * 20 and work.bytes == 4 * (8 * 30 + 30 * 20 + 20 + 8 * 20)
+
+
+def test_the_start_that_is_timed_is_a_recipes():
     exec(speed.OUR_START, {})
