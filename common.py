@@ -400,6 +400,8 @@ class Run:
         state = self._resume(trainer)
         tracker = self._tracker()
         predictions = None
+        if trainer.compile != "off":
+            print("compiling the models before the first step: minutes, but only the first time on this machine")
         if state["history"]:
             print(f"resuming after epoch {len(state['history'])} of {cfg.epochs}")
         done, hidden = len(state["history"]), data_parallel.rank() > 0 or None
