@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -361,9 +362,11 @@ def time_split(step: Callable[[], int], device: torch.device) -> str:
     with profile(activities=activities, acc_events=True) as profiler:
         step()
     clock = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    times = {event.key: getattr(event, clock) for event in profiler.key_averages()}
-    longest = sorted(times, key=times.get, reverse=True)[:6]
-    return ", ".join(f"`{name[:60]}` {times[name] / sum(times.values()):.0%}" for name in longest)
+    times = Counter()
+    for event in profiler.key_averages():
+        name = "fused by the compiler" if "CompiledFxGraph" in event.key else event.key
+        times[name] += getattr(event, clock)
+    return ", ".join(f"`{name[:60]}` {time / times.total():.0%}" for name, time in times.most_common(6))
 
 
 OUR_START = (
