@@ -21,13 +21,15 @@ from report import sort_into_rows
 from run_files import UserError
 
 OWN = {"seeds", "variants", "jobs_per_gpu"}
+config.update({name: value == "true" for name, value in config.items() if value in ("true", "false")})
 config.setdefault("share_teachers", config.get("protocol") in ("cpu", "smoke"))  # where that takes megabytes
 
 
 def flag(name, value):
     """A setting as words of a command line."""
-    values = [] if isinstance(value, bool) else map(str, value if isinstance(value, list) else [value])
-    return [f"--{'no-' * (value is False)}{name.replace('_', '-')}", *values]
+    if isinstance(value, bool):
+        return [f"--{name.replace('_', '-')}"] * value
+    return [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
 
 
 FLAGS = [word for name, value in config.items() if name not in OWN for word in flag(name, value)]
