@@ -61,7 +61,7 @@ def draw(rows: "Sequence[Row]", folder: Path) -> list[str]:
             ("reliability_teachers", teachers, reliability),
             ("reliability_students", students, reliability),
             ("calibration_teachers", teachers, curves),
-            ("accuracy_ece", rows if done else [], accuracy_ece),
+            ("accuracy_ece", [row for row in rows if row.runs or row.published] if done else [], accuracy_ece),
             ("training_accuracy", trained, lambda shown: training(shown, "accuracy")),
             ("training_ece", trained, lambda shown: training(shown, "ece")),
             ("confidence", with_bins, confidence),
@@ -212,9 +212,10 @@ def training(rows: "Sequence[Row]", metric: str) -> Figure:
     handles = [
         Line2D([], [], color=BLUE, label="mean and range over seeds"),
         Line2D([], [], color="0.75", linewidth=0.8, label="other rows"),
-        Line2D([], [], color=RED, linewidth=0.8, linestyle="--", label="published, best epoch"),
         Line2D([], [], color="0.6", linewidth=0.8, linestyle=":", label="learning rate / 10"),
     ]
+    if any(row.published for row in rows):
+        handles.append(Line2D([], [], color=RED, linewidth=0.8, linestyle="--", label="published, best epoch"))
     figure.legend(handles=handles, loc="outside upper center", ncols=4)
     return figure
 
@@ -250,7 +251,7 @@ def accuracy_ece(rows: "Sequence[Row]") -> Figure:
     axes.set(xlabel="Test accuracy, %", ylabel="ECE, 100 bins")
     axes.grid(color="0.92", linewidth=0.5)
     axes.set_axisbelow(True)
-    title = "hollow: published\nfilled: ours, best epoch"
+    title = "hollow: published\nfilled: ours, best epoch" if any(row.published for row in rows) else "best epoch"
     figure.legend(handles=handles, loc="outside right upper", title=title, alignment="left", labelspacing=0.6)
     _place_labels(figure, axes, labels, points)
     return figure

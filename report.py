@@ -24,7 +24,9 @@ from command_line import orderly_end, parse
 from run_files import UserError, atomic_write, load_probabilities, read_published, read_result
 
 ROOT = Path(__file__).resolve().parent
-STANDING = ("paper", "short", "quick")  # README.md shows the first of these that has results; smoke is no table
+# README.md shows the first of these that has results. Other protocols are not comparable with the published numbers,
+# which are left out of their tables and figures.
+STANDING = ("paper", "short", "quick")
 MARKERS = ("<!-- table:begin -->", "<!-- table:end -->")
 
 CHOICES = ("best", "last", "selected")
@@ -84,7 +86,7 @@ def read_run(path: Path) -> Run:
         for choice in CHOICES:
             if choice in result or choice != "selected":
                 valid = valid and all(0 <= result[choice][metric] <= 1 for metric in PUBLISHED)
-        valid = valid and isinstance(result["changes"], dict) and isinstance(seed, int)
+        valid = valid and isinstance(result["changes"], dict) and isinstance(seed, int) and bool(_training(result))
     except (KeyError, TypeError):
         valid = False
     if not valid:
@@ -215,15 +217,17 @@ class Row:
         return difference, abs(difference) > (PUBLISHED[metric] if ours.sd is None else 2 * ours.sd)
 
 
-def sort_into_rows(runs: Iterable[Run]) -> tuple[list[Row], list[Row]]:
+def sort_into_rows(runs: Iterable[Run], comparable: bool = True) -> tuple[list[Row], list[Row]]:
     """The lines of the table, in the published order and empty where there are no runs yet; and other runs' lines.
+
+    Rows have their published numbers where the runs are comparable with them.
 
     A line for runs with held-out images follows that of the same settings without, for they have fewer to learn from.
     """
     table: list[Row] = []
     others: list[Row] = []
     for line in read_published():
-        numbers = {metric: line[metric] for metric in PUBLISHED}
+        numbers = {metric: line[metric] for metric in PUBLISHED} if comparable else {}
         table.append(Row(line["row"], line["changes"], line["table"], line["technique"], numbers))
     for run in sorted(runs, key=lambda run: run.result["seed"]):
         name, changes = run.result["row"], run.result["changes"]
@@ -270,17 +274,18 @@ def _seeds(row: Row) -> str:
 def markdown_table(rows: Sequence[Row]) -> str:
     """The main table in Markdown: published and ours at every choice of epoch, with the difference."""
     choices = [choice for choice in CHOICES if any(choice in row.choices for row in rows)]
+    numbers = ["published"] * any(row.published for row in rows) + choices
     titles = {"accuracy": "Accuracy, %", "ece": "ECE", "oe": "OE"}
     header = ["Recipe", "Seeds"]
-    header += [f"{title}: {name}" for title in titles.values() for name in ("published", *choices)]
+    header += [f"{title}: {name}" for title in titles.values() for name in numbers]
     lines = [header, [":--"] + ["--:"] * (len(header) - 1)]
     for row in rows:
         cells = [f"`{row.label}`", str(len(row.runs) or "")]
         for metric in titles:
-            theirs = row.published.get(metric)
-            cells.append("" if theirs is None else _number(metric, theirs))
-            for choice in choices:
+            for choice in numbers:
                 text = ""
+                if choice == "published" and row.published.get(metric) is not None:
+                    text = _number(metric, row.published[metric])
                 if choice in row.choices:
                     text = _plus_minus(metric, row.statistic(choice, metric), " ± ")
                     if difference := row.difference(choice, metric):
@@ -305,11 +310,13 @@ def markdown_further_table(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+BRACKETS = """\
+In brackets: ours less the published number, in bold where that is more than two standard deviations or, with one seed,
+more than 0.5 points of accuracy or 0.015 of ECE or OE.
+"""
 LEGEND = """\
-Mean ± standard deviation over the seeds. In brackets: ours less the published number, in bold where that is more than
-two standard deviations or, with one seed, more than 0.5 points of accuracy or 0.015 of ECE or OE. ECE and OE have 100
-bins. *best* is the epoch with the best test accuracy, as published; *last* is the last one; *selected*, for runs with
-`--val-size`, is the best on held-out training images.
+Mean ± standard deviation over the seeds. ECE and OE have 100 bins. *best* is the epoch with the best test accuracy, as
+published; *last* is the last one; *selected*, for runs with `--val-size`, is the best on held-out training images.
 """
 
 
@@ -317,15 +324,27 @@ def notes(protocol: str, rows: Sequence[Row]) -> str:
     """What a reader has to know of the protocol before the numbers."""
     results = [run.result for row in rows for run in row.runs]
     done = sum(bool(row.runs) for row in rows if not row.changes)
-    text = f"Protocol `{protocol}`: {done} of {sum(not row.changes for row in rows)} rows are there."
-    if odd := sorted({result.get("dataset") or "unknown" for result in results} - {"cifar100"}):
-        text += f" The images are those of {' and '.join(odd)}, the published numbers are CIFAR-100's: not comparable."
+    training = " and ".join(sorted({_training(result) for result in results}))
+    text = f"Protocol `{protocol}`, {training}: {done} of {sum(not row.changes for row in rows)} rows are there."
+    if protocol not in STANDING:
+        text += (
+            " Not comparable with the published numbers, which are left out: they are 500 epochs on all of cifar100."
+        )
     return text
+
+
+def _training(result: dict[str, Any]) -> str:
+    """How much a run, or an ensemble's members, trained."""
+    images = result["settings"]["train_size"]
+    return (
+        f"{result['settings']['epochs']} epochs on {f'{images:,} images' if images else 'all'} of {result['dataset']}"
+    )
 
 
 def markdown(protocol: str, rows: Sequence[Row], others: Sequence[Row]) -> str:
     """The whole of table.md."""
-    parts = [f"# Results, protocol {protocol}", notes(protocol, rows), markdown_table(rows), LEGEND.strip()]
+    legend = LEGEND + BRACKETS * (protocol in STANDING)
+    parts = [f"# Results, protocol {protocol}", notes(protocol, rows), markdown_table(rows), legend.strip()]
     parts += ["## Further metrics, before → after temperature scaling", markdown_further_table(rows)]
     parts.append(
         "The temperature is fitted by NLL on one half of the test images and measured on the other, both ways, "
@@ -342,7 +361,7 @@ def readme_block(protocol: str | None, rows: Sequence[Row]) -> str:
     if protocol is None:
         return f"The published numbers; `uv run report.py` puts ours beside them.\n\n{markdown_table(rows)}"
     more = f"Further metrics and figures: [results/{protocol}/table.md](results/{protocol}/table.md)."
-    return "\n\n".join([notes(protocol, rows), markdown_table(rows), LEGEND + more])
+    return "\n\n".join([notes(protocol, rows), markdown_table(rows), LEGEND + BRACKETS + more])
 
 
 def csv_table(rows: Sequence[Row]) -> str:
@@ -392,10 +411,11 @@ def terminal(protocol: str, rows: Sequence[Row], others: Sequence[Row]) -> str:
             yield f"{name[:23]:23} {line}".rstrip()
 
     def main_lines(row: Row) -> Iterator[str]:
-        yield f"{'published':9}" + "".join(
-            f"{'' if row.published.get(metric) is None else _number(metric, row.published[metric]):>{width}} {'':8}"
-            for metric, width in zip(PUBLISHED, (11, 13, 13), strict=True)
-        )
+        if row.published:
+            yield f"{'published':9}" + "".join(
+                f"{'' if row.published[metric] is None else _number(metric, row.published[metric]):>{width}} {'':8}"
+                for metric, width in zip(PUBLISHED, (11, 13, 13), strict=True)
+            )
         for choice in row.choices:
             line = f"{choice:9}"
             for metric, width in zip(PUBLISHED, (11, 13, 13), strict=True):
@@ -416,10 +436,11 @@ def terminal(protocol: str, rows: Sequence[Row], others: Sequence[Row]) -> str:
     out.append(f"\n{'':33}{'accuracy, %':>11} {'':8}{'ECE, 100 bins':>13} {'':8}{'OE, 100 bins':>13}")
     for row in rows:
         out += block(row, list(main_lines(row)))
-    out += textwrap.wrap(
-        "Mean±standard deviation over the seeds; then ours less the published, * where that is more than two standard "
-        "deviations or, with one seed, than 0.5 points of accuracy or 0.015 of ECE or OE.", 100
-    )  # fmt: skip
+    explained = "Mean±standard deviation over the seeds"
+    if protocol in STANDING:
+        explained += "; then ours less the published, * where that is more than two standard deviations or, with one "
+        explained += "seed, than 0.5 points of accuracy or 0.015 of ECE or OE"
+    out += textwrap.wrap(f"{explained}.", 100)
     out.append(f"\n{'':33}" + "".join(f" {title:>12}" for title in FURTHER.values()))
     for row in rows:
         if row.runs:
@@ -428,7 +449,7 @@ def terminal(protocol: str, rows: Sequence[Row], others: Sequence[Row]) -> str:
     if others:
         out.append("\nOther runs, with settings that the published table does not have")
         for row in others:
-            out += block(row, [*list(main_lines(row))[1:], *further_lines(row)])
+            out += block(row, [*main_lines(row), *further_lines(row)])
     return "\n".join(out)
 
 
@@ -452,7 +473,7 @@ class Report:
                 runs.append(read_run(path))
             except UserError as error:
                 problems.append(str(error))
-        return cls(protocol, *sort_into_rows(runs), problems)
+        return cls(protocol, *sort_into_rows(runs, comparable=protocol in STANDING), problems)
 
     @property
     def runs(self) -> list[Run]:

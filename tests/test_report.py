@@ -38,7 +38,14 @@ def make_run(results, row, seed=0, changes=None, protocol="short", dataset="cifa
             del arrays[name]
     np.savez(folder / "probabilities.npz", **arrays)
     about = {"row": row, "protocol": protocol, "seed": seed, "dataset": dataset, "changes": changes}
-    about |= {"model": None, "sources": [], "settings": {}, "classes": [], "fingerprint": "", "files": {}}
+    about |= {
+        "model": None,
+        "sources": [],
+        "settings": {"epochs": 4, "train_size": None},
+        "classes": [],
+        "fingerprint": "",
+        "files": {},
+    }
     result = about | {name: {"epoch": 3, **scores} for name, scores in scores_of_run(arrays).items()}
     (folder / "result.json").write_text(json.dumps(result, indent=2))
     (folder / "reliability.csv").write_text(calibration_metrics(arrays["best"], labels).bins_csv)
@@ -267,18 +274,38 @@ def test_readme_shows_the_highest_protocol_and_nothing_else_changes(tmp_path, re
     run(results, readme=readme, protocol="short")
     text = readme.read_text()
     assert text.startswith("before\n<!-- table:begin -->\n") and text.endswith("\n<!-- table:end -->\nafter\n")
-    assert "Protocol `paper`: 1 of 16 rows" in text and "old" not in text.split("begin")[1].split("\n")[1]
+    assert (
+        "Protocol `paper`, 4 epochs on all of cifar100: 1 of 16 rows" in text
+        and "old" not in text.split("begin")[1].split("\n")[1]
+    )
     assert not (results / "paper" / "table.md").exists()
 
     shutil.rmtree(results / "paper")
     shutil.rmtree(results / "short")
     run(results, readme=readme)
     assert "The published numbers" in readme.read_text()
-    assert "not comparable" in (results / "smoke" / "table.md").read_text()
 
     readme.write_text("no markers\n")
     assert run(results, readme=readme) == 0
     assert readme.read_text() == "no markers\n" and "left as it is" in capsys.readouterr().err
+
+
+def test_where_runs_are_not_comparable_the_published_numbers_are_left_out(tmp_path, capsys):
+    folder = make_run(tmp_path, "kd_cutmix", protocol="cpu")
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(result | {"settings": {"epochs": 5, "train_size": 5000}}))
+    make_run(tmp_path, "kd_vanilla", changes={"temperature": 4.0}, protocol="cpu")
+    make_run(tmp_path, "kd_mixup", changes={"lr": 1.0}, protocol="cpu")
+    assert run(tmp_path) == 0
+    printed, markdown = capsys.readouterr().out, (tmp_path / "cpu" / "table.md").read_text()
+    for text in (printed, markdown):
+        text = " ".join(text.split())
+        assert "Not comparable" in text and "5 epochs on 5,000 images of cifar100" in text and "74.62" not in text
+    assert ": published" not in markdown and "In brackets" not in markdown and "\npublished" not in printed
+    assert {line["accuracy_published"] for line in read_csv(tmp_path, "cpu")} == {""}
+    accuracy = json.loads((folder / "result.json").read_text())["best"]["accuracy"]
+    assert f"| `kd_cutmix` | 1 | {accuracy:.2%}".rstrip("%") in markdown
+    assert len(list((tmp_path / "cpu" / "figures").glob("*.svg"))) == 5 and run(tmp_path, check=True) == 0
 
 
 def test_own_readme_is_not_touched_for_results_elsewhere(results):
