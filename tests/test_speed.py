@@ -14,12 +14,10 @@ from timm.data.random_erasing import RandomErasing
 from timm.loss import JsdCrossEntropy
 from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import training
 from augmentation import CutMix
-from image_data import load_dataset
 from training import Trainer, can_compile
 
 sys.path.insert(0, str(Path(common.__file__).parent / "benchmarks"))
@@ -191,28 +189,6 @@ def test_a_compiler_that_fails_is_noticed(monkeypatch):
         patch.setattr(torch, "compile", fail)
         assert not can_compile("cpu")
     can_compile.cache_clear()
-
-
-def test_augmentations_and_step_wait_for_no_device():
-    """On a GPU `item`, `nonzero` and copies back would stall it; here they are counted on tensors that say so."""
-    seen = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
-                seen.append(function)
-            return function(*args, **(kwargs or {}))
-
-    data = load_dataset("digits", Path())
-    trainer = Trainer(make_task("kd 1"), torch.device("cpu"), 0, lr=0.01, momentum=0.9, weight_decay=5e-4)
-    augments = [common.Standard(), common.Mix(10, 0.3), common.CutOut()]
-    for augment in augments:
-        with Watch():
-            inputs, targets = augment(data.train_images[:8], data.train_labels[:8])
-        if targets.ndim == 1:
-            with Watch():
-                trainer.step(inputs, targets)
-    assert not seen
 
 
 def test_the_benchmark_measures_the_recipes(monkeypatch, tmp_path):
