@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -100,6 +101,11 @@ def _panels(rows: "Sequence[Row]", columns: int, height: float, plot: "Callable[
     return figure
 
 
+def _legend_above(figure: Figure, handles: Sequence[Artist]) -> None:
+    columns = len(handles) if figure.get_figwidth() == WIDTH else 2  # a figure of few panels is narrow
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns)
+
+
 def _mean_sd(row: "Row", metric: str, digits: int = 4) -> str:
     statistic = row.statistic("best", metric)
     return f"{statistic.mean:.{digits}f}" + (f" ± {statistic.sd:.{digits}f}" if statistic.sd is not None else "")
@@ -138,7 +144,7 @@ def reliability(rows: "Sequence[Row]") -> Figure:
         Patch(facecolor="none", edgecolor=RED, hatch="//////", label="gap to confidence"),
         Line2D([], [], color="0.2", linestyle="--", linewidth=0.8, label="perfect calibration"),
     ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=3)
+    _legend_above(figure, handles)
     return figure
 
 
@@ -178,7 +184,7 @@ def confidence(rows: "Sequence[Row]") -> Figure:
         Line2D([], [], color=BLUE, linewidth=1.3, label="mean accuracy"),
         Line2D([], [], color=RED, linewidth=1.3, linestyle=(0, (2, 1)), label="mean confidence"),
     ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=3)
+    _legend_above(figure, handles)
     return figure
 
 
@@ -216,7 +222,7 @@ def training(rows: "Sequence[Row]", metric: str) -> Figure:
     ]
     if any(row.published for row in rows):
         handles.append(Line2D([], [], color=RED, linewidth=0.8, linestyle="--", label="published, best epoch"))
-    figure.legend(handles=handles, loc="outside upper center", ncols=4)
+    _legend_above(figure, handles)
     return figure
 
 

@@ -244,6 +244,7 @@ def sort_into_rows(runs: Iterable[Run], comparable: bool = True) -> tuple[list[R
                 same = [Row(name, changes, "Other runs", "")]
                 others.append(same[0])
         same[0].runs.append(run)
+    table = [row for row in table if row.runs or row.published or not row.changes]  # variants are there to be compared
     return table, sorted(others, key=lambda row: (row.row, row.label))
 
 

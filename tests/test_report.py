@@ -384,7 +384,10 @@ def test_no_text_overlaps_in_the_figures(tmp_path):
             assert len(boxes) >= 10
             overlaps = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
             assert not overlaps
-        for figure in (figures.curves(rows[:6]), figures.reliability(rows[6:]), figures.accuracy_ece(rows)):
+        few = [rows[6:], rows[6:10], rows[6:9], rows[6:8], rows[6:7]]
+        drawn = [plot(shown) for shown in few for plot in (figures.reliability, figures.confidence)]
+        drawn += [figures.training(shown, "ece") for shown in few]
+        for figure in (figures.curves(rows[:6]), figures.accuracy_ece(rows), *drawn):
             figure.draw_without_rendering()
             for legend in figure.legends:
                 box = legend.get_window_extent()
