@@ -77,9 +77,6 @@ class Protocol(typing.NamedTuple):
     train_size: int | None = None
 
 
-# What later runs and reports build upon: `result.json` has the SHA-256 of each.
-NEEDED_LATER = ("best.safetensors", "selected.safetensors", *HALF, *HALF.values())
-
 PROTOCOLS = {
     "paper": Protocol(500, (150, 180, 210), "cifar100"),
     "short": Protocol(240, (150, 180, 210), "cifar100"),
@@ -184,6 +181,9 @@ NOT_IDENTITY = {
     "wandb_charts",
     "wandb_thumbnails",
 }
+
+# What later runs and reports build upon: `result.json` has the SHA-256 of each.
+NEEDED_LATER = ("best.safetensors", "selected.safetensors", *HALF, *HALF.values())
 
 
 def resolve(cfg: Config) -> Config:
