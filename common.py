@@ -797,9 +797,10 @@ def summary(result: dict[str, Any], path: Path) -> str:
     for name in ("published", "best", "last", "selected"):
         if numbers := result.get(name):
             epoch = numbers.get("best_epoch") or numbers.get("epoch")
+            label = name + (f" (epoch {epoch:.0f})" if epoch else "")
             if name == "published" and result["dataset"] != "cifar100":
                 label = "published, CIFAR-100"
-            else:
-                label = name + (f" (epoch {epoch:.0f})" if epoch else "")
+            elif name == "published" and result["protocol"] != "paper":
+                label = "published, 500 epochs"
             lines.append(f"{label:22}{numbers['accuracy']:>9.2%} {numbers['ece']:>9.4f}{numbers['oe']:>9.4f}")
     return "\n".join([*lines, f"result   {path / 'result.json'}", f"diagram  {path / 'reliability.png'}"])
