@@ -763,7 +763,8 @@ def hardware(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = re.search(r"model name\s*: (.*)", cpuinfo)
-    return f"{model[1] if model else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    n = torch.get_num_threads()
+    return f"{model[1] if model else platform.processor() or platform.machine()}, {n} thread{'s' * (n > 1)}"
 
 
 def versions() -> dict[str, str | None]:

@@ -7,6 +7,7 @@ the terminal; the table of the protocol that stands highest goes into README.md,
 import csv
 import hashlib
 import json
+import math
 import os
 import re
 import statistics
@@ -189,6 +190,12 @@ class Row:
         """Which epochs the runs report, of `best`, `last` and `selected`."""
         return [choice for choice in CHOICES if self.runs and all(choice in run.result for run in self.runs)]
 
+    @property
+    def minutes(self) -> float | None:
+        """What a run's epochs took with their evaluation, the mean over the seeds; None for an ensemble."""
+        seconds = [sum(epoch.get("seconds", math.nan) for epoch in run.history) for run in self.runs if run.history]
+        return statistics.fmean(seconds) / 60 if seconds and math.isfinite(sum(seconds)) else None
+
     def values(self, choice: str, metric: str, scaled: bool = False) -> list[float] | None:
         """A metric over the seeds, raw or after temperature scaling; None unless every run has it."""
         scores = [run.result[choice] for run in self.runs]
@@ -269,7 +276,8 @@ def _short(metric: str, statistic: Statistic | None) -> str:
 
 
 def _seeds(row: Row) -> str:
-    return f"{len(row.runs)} seed{'s' * (len(row.runs) > 1)}" if row.runs else ""
+    time = f", {row.minutes:,.1f} min" if row.minutes else ""
+    return f"{len(row.runs)} seed{'s' * (len(row.runs) > 1)}{time}" if row.runs else ""
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
@@ -277,11 +285,12 @@ def markdown_table(rows: Sequence[Row]) -> str:
     choices = [choice for choice in CHOICES if any(choice in row.choices for row in rows)]
     numbers = ["published"] * any(row.published for row in rows) + choices
     titles = {"accuracy": "Accuracy, %", "ece": "ECE", "oe": "OE"}
-    header = ["Recipe", "Seeds"]
+    header = ["Recipe", "Seeds"] + ["Minutes"] * bool(choices)
     header += [f"{title}: {name}" for title in titles.values() for name in numbers]
     lines = [header, [":--"] + ["--:"] * (len(header) - 1)]
     for row in rows:
         cells = [f"`{row.label}`", str(len(row.runs) or "")]
+        cells += [f"{row.minutes:,.1f}" if row.minutes else ""] * bool(choices)
         for metric in titles:
             for choice in numbers:
                 text = ""
@@ -318,6 +327,7 @@ more than 0.5 points of accuracy or 0.015 of ECE or OE.
 LEGEND = """\
 Mean ± standard deviation over the seeds. ECE and OE have 100 bins. *best* is the epoch with the best test accuracy, as
 published; *last* is the last one; *selected*, for runs with `--val-size`, is the best on held-out training images.
+Minutes are those of a run's epochs with their evaluation, beside whatever else its machine did.
 """
 
 
@@ -326,7 +336,9 @@ def notes(protocol: str, rows: Sequence[Row]) -> str:
     results = [run.result for row in rows for run in row.runs]
     done = sum(bool(row.runs) for row in rows if not row.changes)
     training = " and ".join(sorted({_training(result) for result in results}))
-    text = f"Protocol `{protocol}`, {training}: {done} of {sum(not row.changes for row in rows)} rows are there."
+    hardware = " and ".join(sorted({result.get("hardware") or "unknown hardware" for result in results}))
+    text = f"Protocol `{protocol}`: {done} of {sum(not row.changes for row in rows)} rows are there, "
+    text += f"{training}, run on {hardware}."
     if protocol not in STANDING:
         text += (
             " Not comparable with the published numbers, which are left out: they are 500 epochs on all of cifar100."
@@ -377,6 +389,7 @@ def csv_table(rows: Sequence[Row]) -> str:
                 "technique": row.technique,
                 "epoch": choice,
                 "seeds": len(row.runs),
+                "minutes": row.minutes,
             }
             for metric in PUBLISHED:
                 line[f"{metric}_published"] = row.published.get(metric)

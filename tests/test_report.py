@@ -38,20 +38,17 @@ def make_run(results, row, seed=0, changes=None, protocol="short", dataset="cifa
             del arrays[name]
     np.savez(folder / "probabilities.npz", **arrays)
     about = {"row": row, "protocol": protocol, "seed": seed, "dataset": dataset, "changes": changes}
-    about |= {
-        "model": None,
-        "sources": [],
-        "settings": {"epochs": 4, "train_size": None},
-        "classes": [],
-        "fingerprint": "",
-        "files": {},
-    }
+    about |= {"model": None, "sources": [], "classes": [], "fingerprint": "", "files": {}, "hardware": "abacus"}
+    about |= {"settings": {"epochs": 4, "train_size": None}}
     result = about | {name: {"epoch": 3, **scores} for name, scores in scores_of_run(arrays).items()}
     (folder / "result.json").write_text(json.dumps(result, indent=2))
     (folder / "reliability.csv").write_text(calibration_metrics(arrays["best"], labels).bins_csv)
     if not row.endswith("ensemble"):
-        lines = [f"{epoch},{0.1 if epoch < 3 else 0.01},{0.2 * epoch},{0.3 - 0.05 * epoch}" for epoch in range(1, 5)]
-        (folder / "history.csv").write_text("\n".join(["epoch,lr,accuracy,ece", *lines]))
+        lines = [
+            f"{epoch},{0.1 if epoch < 3 else 0.01},{0.2 * epoch},{0.3 - 0.05 * epoch},{30 * (seed + 1)}"
+            for epoch in range(1, 5)
+        ]
+        (folder / "history.csv").write_text("\n".join(["epoch,lr,accuracy,ece,seconds", *lines]))
     return folder
 
 
@@ -119,7 +116,9 @@ def test_table_has_mean_and_deviation_over_seeds_and_every_row(results):
     [empty] = [line for line in lines if line["row"] == "kd_mixup"]
     assert (empty["seeds"], empty["accuracy"], empty["accuracy_published"]) == ("0", "", "0.7448")
     markdown = (results / "short" / "table.md").read_text()
-    assert "| `kd_mixup` |  | 74.48 |  |  | 0.0399 |" in markdown
+    assert "| `kd_mixup` |  |  | 74.48 |  |  | 0.0399 |" in markdown
+    assert "| `kd_cutmix` | 2 | 3.0 | 74.62 |" in markdown and "| `teacher_ensemble` | 2 |  | 80.26 |" in markdown
+    assert (line["minutes"], empty["minutes"]) == ("3.0", "") and "run on abacus" in markdown  # 4 * 30 s and 4 * 60 s
 
 
 @pytest.mark.parametrize(
@@ -137,7 +136,7 @@ def test_difference_is_marked_outside_what_chance_explains(results, accuracies, 
     assert marked is outside
     run(results)
     line = next(s for s in (results / "short" / "table.md").read_text().splitlines() if s.startswith("| `kd_cutmix`"))
-    assert line.split("|")[4].strip().startswith("**") is outside
+    assert line.split("|")[5].strip().startswith("**") is outside
 
 
 def test_calibration_is_marked_beyond_0_015_with_one_seed(tmp_path, no_figures):
@@ -160,7 +159,7 @@ def test_variants_are_lines_of_their_own(results, capsys):
     assert seeds["kd_cutmix", '{"epochs": 2, "teacher": "teacher_cutmix"}', "Other runs"] == "1"
     assert seeds["my_own_row", "", "Other runs"] == "1"
     table, others = (results / "short" / "table.md").read_text().split("## Other runs")
-    assert "| `kd_vanilla --temperature 4` | 1 | 74.71 |" in table
+    assert "| `kd_vanilla --temperature 4` | 1 | 2.0 | 74.71 |" in table
     assert "my_own_row" not in table and "my_own_row" in others
     assert "`kd_cutmix --epochs 2 --teacher teacher_cutmix`" in others
     assert "Other runs" in capsys.readouterr().out
@@ -275,7 +274,7 @@ def test_readme_shows_the_highest_protocol_and_nothing_else_changes(tmp_path, re
     text = readme.read_text()
     assert text.startswith("before\n<!-- table:begin -->\n") and text.endswith("\n<!-- table:end -->\nafter\n")
     assert (
-        "Protocol `paper`, 4 epochs on all of cifar100: 1 of 16 rows" in text
+        "Protocol `paper`: 1 of 16 rows are there, 4 epochs on all of cifar100" in text
         and "old" not in text.split("begin")[1].split("\n")[1]
     )
     assert not (results / "paper" / "table.md").exists()
@@ -304,7 +303,7 @@ def test_where_runs_are_not_comparable_the_published_numbers_are_left_out(tmp_pa
     assert ": published" not in markdown and "In brackets" not in markdown and "\npublished" not in printed
     assert {line["accuracy_published"] for line in read_csv(tmp_path, "cpu")} == {""}
     accuracy = json.loads((folder / "result.json").read_text())["best"]["accuracy"]
-    assert f"| `kd_cutmix` | 1 | {accuracy:.2%}".rstrip("%") in markdown
+    assert f"| `kd_cutmix` | 1 | 2.0 | {accuracy:.2%}".rstrip("%") in markdown
     assert len(list((tmp_path / "cpu" / "figures").glob("*.svg"))) == 5 and run(tmp_path, check=True) == 0
 
 
