@@ -102,8 +102,8 @@ def _panels(rows: "Sequence[Row]", columns: int, height: float, plot: "Callable[
 
 
 def _legend_above(figure: Figure, handles: Sequence[Artist]) -> None:
-    columns = len(handles) if figure.get_figwidth() == WIDTH else 2  # a figure of few panels is narrow
-    figure.legend(handles=handles, loc="outside upper center", ncols=columns)
+    columns = int(figure.get_figwidth() / 1.7)  # an entry's inches: few panels make a narrow figure
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(columns, len(handles)))
 
 
 def _mean_sd(row: "Row", metric: str, digits: int = 4) -> str:
