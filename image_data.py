@@ -12,6 +12,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,14 +123,18 @@ def load_dataset(name: str, data_dir: Path, image_size: int = 32) -> Dataset:
     cache = data_dir / f"{name}-{image_size}px.npz"
     dataset = _read_cache(cache, name, listing)
     if dataset is None:
-        dataset = _read_folder(name, data_dir, image_size) if is_folder else _read_torchvision(data_dir)
-        if name == "cifar100" and dataset.fingerprint != CIFAR100_FINGERPRINT:
-            raise UserError(
-                f"{data_dir} is not CIFAR-100: {len(dataset.train_labels)} training and {len(dataset.test_labels)} "
-                f"test images of {len(dataset.classes)} classes, not exactly its 50000, 10000 and 100; "
-                "use --dataset folder for other images, or another --data-dir"
-            )
-        _write_cache(cache, dataset, listing)
+        # Of runs that start side by side one decodes and the others wait for its cache, unless there can be none.
+        with alone(cache) if os.access(data_dir, os.W_OK) else nullcontext():
+            dataset = _read_cache(cache, name, listing)
+            if dataset is None:
+                dataset = _read_folder(name, data_dir, image_size) if is_folder else _read_torchvision(data_dir)
+                if name == "cifar100" and dataset.fingerprint != CIFAR100_FINGERPRINT:
+                    raise UserError(
+                        f"{data_dir} is not CIFAR-100: {len(dataset.train_labels)} training and "
+                        f"{len(dataset.test_labels)} test images of {len(dataset.classes)} classes, not exactly its "
+                        "50000, 10000 and 100; use --dataset folder for other images, or another --data-dir"
+                    )
+                _write_cache(cache, dataset, listing)
     return dataset
 
 

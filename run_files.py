@@ -9,7 +9,7 @@ import socket
 import typing
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import StringIO
 from pathlib import Path
 from types import NoneType
@@ -55,7 +55,7 @@ def atomic_write(path: Path, keep: Path | None = None) -> Iterator[typing.Binary
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Hold a run's folder; while another process does, say which one and wait for it.
+    """Hold a run's folder, or a file; while another process does, say which one and wait for it.
 
     The lock is `flock`'s on a file beside the folder: the kernel lets go of it when its process dies, however it dies.
     Over NFS it holds between machines as well; where a file system has no such locks, filelock falls back to the
@@ -71,7 +71,8 @@ def alone(folder: Path) -> Iterator[None]:
         print(f"process {process} on {host} is at work in {folder}: waiting for it", flush=True)
         lock.acquire(poll_interval=0.5)
     try:
-        path.write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
+        with suppress(OSError):  # only whoever waits is told less
+            path.write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
         yield
     finally:
         lock.release()

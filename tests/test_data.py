@@ -6,6 +6,7 @@ import shutil
 import tarfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
@@ -71,13 +72,35 @@ def test_a_broken_cache_is_read_past(image_folder, size):
     assert_equal(image_data._read_cache(cache, "folder", image_data._listing(image_folder, ["train", "test"])), first)
 
 
-def test_a_folder_that_cannot_be_written_costs_a_warning(image_folder, monkeypatch, capsys):
-    def full(path):
+def test_of_starts_side_by_side_one_decodes(image_folder, monkeypatch, capsys):
+    decoded, real = [], image_data._read_folder
+
+    def slowly(*args):
+        decoded.append(1)
+        time.sleep(0.3)
+        return real(*args)
+
+    monkeypatch.setattr(image_data, "_read_folder", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        first, *others = pool.map(lambda _: load_dataset("folder", image_folder), range(3))
+    assert len(decoded) == 1
+    for other in others:
+        assert_equal(first, other)
+    out, err = capsys.readouterr()
+    assert "folder-32px.npz: waiting for it" in out and not err
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_images_whose_cache_cannot_be_written_cost_a_warning(writable, image_folder, monkeypatch, capsys):
+    def refuse(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(image_data, "atomic_write", full)
+    before = sorted(image_folder.iterdir())
+    monkeypatch.setattr(image_data, "atomic_write", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode: writable)  # tests may run as root, whom nothing is denied
     assert len(load_dataset("folder", image_folder).train_labels) == 24
     assert "not cached" in capsys.readouterr().err
+    assert writable or sorted(image_folder.iterdir()) == before
 
 
 def test_torchvisions_files_and_an_image_folder_give_the_same_bits(image_folder, tmp_path, monkeypatch):
@@ -172,7 +195,8 @@ def test_a_download_arrives_whole(tmp_path, monkeypatch, download):
     (tmp_path / ".download-killed").mkdir()  # what kill -9 leaves
     with pytest.raises(UserError, match="is not CIFAR-100: 4 training and 4 test images of 2 classes"):
         load_dataset("cifar100", tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".cifar-100-python.lock", "cifar-100-python"]
+    locks = [".cifar-100-python.lock", ".cifar100-32px.npz.lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*locks, "cifar-100-python"]
 
 
 def test_damaged_torchvision_files(tmp_path):
