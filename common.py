@@ -603,10 +603,10 @@ class Run:
 
             file = data_parallel.from_first(found)
             if data_parallel.from_first(to_train):
-                print(f"{self.row} needs {row}, which is not in {run.path} yet: training it first", flush=True)
+                print(f"{self.row} needs {row}, which is not in {run.path} yet: training it first")
                 run.needed = needed
                 main(run.cfg, run)  # not run_row: a result whose files are gone stays until the new one is whole
-                print(f"{row} is finished: back to {self.row}", flush=True)
+                print(f"{row} is finished: back to {self.row}")
         path, result = file.parent, read_result(file.parent)
         if not file.is_file():
             raise UserError(f"{row if artifact else path} has a result.json but no {needed}")
@@ -785,6 +785,7 @@ def versions() -> dict[str, str | None]:
 def cli(main: Callable[[Config, Run], None]) -> None:
     """Run a recipe's `main` as the row its file is named for, with settings from the command line."""
     row = Path(main.__code__.co_filename).stem
+    sys.stdout.reconfigure(line_buffering=True)  # a log file has an epoch's line when the epoch is over
     with orderly_end(": the same command goes on after the last finished epoch (without --overwrite)"):
         cfg = parse(config_type(main), main.__globals__["__doc__"])
         result = run_row(row, main, cfg)

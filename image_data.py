@@ -253,7 +253,7 @@ def _download_cifar100(data_dir: Path) -> None:
         with alone(folder):
             if folder.is_dir():  # another process had it downloaded meanwhile
                 return
-            print(f"CIFAR-100 is not in {data_dir} (--data-dir): downloading it (169 MB)", flush=True)
+            print(f"CIFAR-100 is not in {data_dir} (--data-dir): downloading it (169 MB)")
             for unfinished in data_dir.glob(".download-*"):  # of a process that was killed
                 shutil.rmtree(unfinished)
             with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as temporary:

@@ -68,7 +68,7 @@ def alone(folder: Path) -> Iterator[None]:
         lock.acquire(blocking=False)
     except filelock.Timeout:
         process, host, *_ = [*path.read_text().split("\n"), "?", "?"]
-        print(f"process {process} on {host} is at work in {folder}: waiting for it", flush=True)
+        print(f"process {process} on {host} is at work in {folder}: waiting for it")
         lock.acquire(poll_interval=0.5)
     try:
         with suppress(OSError):  # only whoever waits is told less

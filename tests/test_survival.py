@@ -57,6 +57,17 @@ def test_kill_9_at_random_moments():
     assert re.match(r"4 kills, \d of them in the middle of a write", done.stdout)
 
 
+def test_a_log_has_an_epoch_when_it_is_over(tmp_path):
+    command = [sys.executable, ROOT / "recipes" / "student_baseline.py", "--protocol", "smoke", "--epochs", "500"]
+    command += ["--train-size", "96", "--results-dir", tmp_path]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as run:
+        assert re.match("epoch +1/500", run.stdout.readline())
+        history = next(tmp_path.glob("smoke/*/seed*/history.csv")).read_text()
+        run.kill()
+    assert len(history.splitlines()) < 20  # a buffer would have been full after some 80
+
+
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 75)])
 def test_a_signal_ends_the_run_within_the_step_and_it_resumes(name, code, tmp_path, monkeypatch, capsys, whole):
     handler = signal.getsignal(signal.SIGTERM)
