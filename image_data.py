@@ -4,6 +4,7 @@ An epoch then needs no files and no worker processes.
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
 import shutil
@@ -52,7 +53,7 @@ class Dataset:
         held_out = () if self.val_images is None else (self.val_images, self.val_labels)
         return self.train_images, self.train_labels, self.test_images, self.test_labels, *held_out
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over class names, images and labels: the identity of what a run was trained on."""
         digest = hashlib.sha256("\n".join(self.classes).encode())
