@@ -60,7 +60,7 @@ from run_files import (
 )
 from teacher_outputs import EpochOutputs
 from tracking import ARTIFACT, Tracker, fetch_artifact, in_sweep
-from training import Compile, Precision, Trainer
+from training import Compile, Precision, Trainer, without_autocast
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"  # those that came with the code
@@ -127,6 +127,8 @@ class Config:
     """where run folders go: <protocol>/<row>/seed<k>, or seed<k>-<hash> for settings that are not the row's own"""
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Weights & Biases: auto obeys WANDB_MODE, else is online where a key is configured and offline elsewhere"""
+    deterministic: bool = False
+    """have a GPU give the same bits every time, as a CPU does; slower"""
     teacher_from: Literal["results", "train"] = "results"
     """where a teacher or member comes from that is not trained yet: results is the half-precision weights published
     under results/, if there are any, train is its recipe"""
@@ -160,8 +162,6 @@ class TrainConfig(Config):
     """mode of torch.compile; auto compiles where the run is long enough to win the minutes back"""
     precision: Precision = "auto"
     """of the models' arithmetic: auto is bf16 on a GPU and fp32 elsewhere; losses are fp32 always"""
-    deterministic: bool = False
-    """have a GPU give the same bits every time, as a CPU does; slower"""
 
 
 # Settings that leave a run the same run: where it happens, and what at most moves the last bits of its numbers.
@@ -421,7 +421,7 @@ class Run:
         first = data_parallel.rank() == 0  # which writes
         if first:
             save_weights(self.path / "model.safetensors", model.state_dict())
-        self._save_half(model, predictions["probabilities"])
+        self._save_half(trainer, predictions["probabilities"])
         if not first:
             return
         choices = {"best": state["best"], "last": {"epoch": cfg.epochs, **predictions}}
@@ -685,9 +685,17 @@ class Run:
             state["origins"].append(origin)
         return state
 
-    def _save_half(self, model: nn.Module, probabilities: Tensor) -> None:
-        """Weights in half precision, small enough to publish; `model` is left with them. Not where they would change
-        the test accuracy by 0.05 points or more."""
+    def _save_half(self, trainer: Trainer, probabilities: Tensor) -> None:
+        """Weights in half precision, small enough to publish; the model is left with them. Not where they would change
+        the test accuracy by 0.05 points or more.
+
+        Both accuracies are those of float32 arithmetic: what bf16 rounds differently for weights that differ hardly at
+        all would be more than that.
+        """
+        model = trainer.model
+        if trainer.precision != "fp32":
+            without_autocast(model)
+            probabilities = self.predict(model, self.data.test_images)
         weights = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
         model.load_state_dict(weights)
         predictions = (p.argmax(1) for p in (probabilities, self.predict(model, self.data.test_images)))

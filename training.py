@@ -12,6 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data_parallel
 
+# For `deterministic`. cuBLAS reads it once, at its first product, which may be that of a model before this one.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 Compile = Literal["auto", "off", "default", "reduce-overhead", "max-autotune-no-cudagraphs"]
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -33,7 +36,7 @@ class Trainer:
             that resumes goes on with the same arithmetic.
         compile: a mode of `torch.compile`, or `off`; its results are cached between runs.
         precision: `bf16` is autocast, for all models of the task; losses are always computed in float32. `auto` takes
-            it on a GPU.
+            it on a GPU. There the convolutions of `fp32` are TF32, which is torch's default.
         deterministic: only operations that give the same bits every time, for the whole process.
 
     Attributes:
@@ -47,7 +50,6 @@ class Trainer:
         compile: Compile = "auto", precision: Precision = "auto", deterministic: bool = False,
     ):  # fmt: skip
         if deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         if data_parallel.size() > 1 and device.type == "cuda":
             task.trainable_module = nn.SyncBatchNorm.convert_sync_batchnorm(task.trainable_module)
@@ -63,8 +65,12 @@ class Trainer:
             compile = mode if images >= worth_it and data_parallel.size() == 1 and can_compile(device.type) else "off"
         self.compile, self.precision = compile, precision
         if precision == "bf16":
-            for model in (self.model, *(teacher.model for teacher in [getattr(task, "teacher", None)] if teacher)):
-                autocast(model, device)
+            autocast(self.model, device)
+            if teacher := getattr(task, "teacher", None):
+                autocast(teacher.model, device)
+                for module in teacher.model.modules():  # frozen weights are cast here, once, and not at every step
+                    if isinstance(module, nn.Conv2d | nn.Linear):
+                        module.bfloat16()
         if compile != "off":
             task.compile(mode=compile, dynamic=False)
         if data_parallel.size() > 1:
@@ -120,6 +126,11 @@ def autocast(model: nn.Module, device: torch.device) -> None:
             return forward(x).float()
 
     model.forward = forward_in_bf16
+
+
+def without_autocast(model: nn.Module) -> None:
+    """Have `model` compute in its own precision again."""
+    vars(model).pop("forward", None)
 
 
 @functools.cache

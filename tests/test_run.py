@@ -161,6 +161,28 @@ def test_a_published_teacher_teaches_as_the_one_it_was_made_from(tmp_path, monke
         teacher_from="train")).changes == {}  # fmt: skip
 
 
+def test_half_precision_is_judged_in_float32_whatever_a_run_computed_in(tmp_path, monkeypatch):
+    """bf16 rounds differently what half precision changed by less than that, and flips predictions that are near."""
+    in_bf16, real = [], common.Run.predict
+
+    def predict(run, model, images):
+        logits = model(common.normalize(images[:8]))
+        in_bf16.append(torch.equal(logits, logits.bfloat16().float()))
+        return real(run, model, images)
+
+    monkeypatch.setattr(common.Run, "predict", predict)
+    _, path = run_row("student_baseline", tmp_path, precision="bf16")
+    assert in_bf16 == [True, False, False]  # the epoch's, then the whole weights and the half ones
+    assert (path / "model.fp16.safetensors").is_file()
+
+
+def test_deterministic_is_asked_of_a_teacher_that_is_trained_on_the_way(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    run_row("kd_mixup", tmp_path, deterministic=True)
+    assert asked == [True, True]
+
+
 def test_published_predictions_make_an_ensemble(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "RESULTS", tmp_path / "published")
     half_teacher(tmp_path / "a", tmp_path / "published")

@@ -153,6 +153,18 @@ def test_bf16_is_near_fp32_with_losses_and_weights_in_fp32():
     assert model(torch.randn(2, 3, 16, 16)).dtype == torch.float32
 
 
+@pytest.mark.parametrize("kind", ["kd 1", "kd 4"])
+def test_a_teacher_cast_once_says_what_autocast_has_it_say(kind):
+    images = torch.randn(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    task = make_task(kind).to(memory_format=torch.channels_last).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = task.teacher(images).float()
+    Trainer(task, torch.device("cpu"), 1000, lr=0.1, momentum=0, weight_decay=0, precision="bf16")
+    assert torch.equal(task.teacher(images), expected)
+    convolutions = [module for module in task.teacher.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert {module.weight.dtype for module in convolutions} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("name", ["wrn_40_2", "shufflenet_v1"])
 def test_folded_teacher_gives_the_models_logits(name):
     model = trained_looking(name).eval()
