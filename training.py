@@ -2,6 +2,7 @@
 
 import functools
 import os
+import sys
 from contextlib import nullcontext
 from typing import Literal
 
@@ -138,6 +139,8 @@ def can_compile(device: str) -> bool:
     """Whether `torch.compile` finds what it needs here, a C++ compiler and Python's headers among it: it is tried."""
     try:
         torch.compile(lambda x: x.exp() + 1)(torch.zeros(64, device=device))
-    except Exception:  # whatever it is that is missing
+    except Exception as error:  # whatever it is that is missing
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"warning: slower than it could be, for torch.compile fails here: {reason[0][:200]}", file=sys.stderr)
         return False
     return True

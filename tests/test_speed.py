@@ -192,7 +192,7 @@ def test_auto_compiles_only_what_pays(monkeypatch):
     assert chosen(0, compile="default", precision="bf16") == ("default", "bf16")
 
 
-def test_a_compiler_that_fails_is_noticed(monkeypatch):
+def test_a_compiler_that_fails_is_noticed_and_named(monkeypatch, capsys):
     def fail(function):
         raise RuntimeError("fatal error: Python.h: No such file or directory")
 
@@ -200,6 +200,7 @@ def test_a_compiler_that_fails_is_noticed(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch, "compile", fail)
         assert not can_compile("cpu")
+    assert "torch.compile fails here: fatal error: Python.h" in capsys.readouterr().err
     can_compile.cache_clear()
 
 
