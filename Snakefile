@@ -17,7 +17,7 @@ sys.path.insert(0, workflow.basedir)
 
 import common
 from command_line import parse as parse_flags  # `parse` is a name of Snakemake's own, as `report` is
-from report import sort_into_rows
+from rows import sort_into_rows
 from run_files import UserError
 
 OWN = {"seeds", "variants", "jobs_per_gpu"}

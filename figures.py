@@ -20,7 +20,7 @@ from matplotlib.patheffects import withStroke
 from run_files import atomic_write
 
 if TYPE_CHECKING:
-    from report import Row
+    from rows import Row
 
 BLUE, PALE_BLUE, RED, GREY = "#2c5784", "#9dbbd8", "#b3293f", "0.72"
 COLORS = (BLUE, RED, "0.1", "#6a9a5b", "#c98a2b", "0.5")

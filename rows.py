@@ -1,0 +1,251 @@
+"""Finished runs, read and sorted into the lines of the table: what tables, figures and answers are made from."""
+
+import csv
+import hashlib
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from run_files import UserError, atomic_write, load_probabilities, read_published, read_result
+
+CHOICES = ("best", "last", "selected")
+PUBLISHED = ("accuracy", "ece", "oe")
+CHANCE = {"accuracy": 0.005, "ece": 0.015, "oe": 0.015, "ece_15": 0.015}  # what one seed's difference may be by chance
+FURTHER = {
+    "ece_15": "ECE, 15 bins",
+    "adaptive_ece": "adaptive ECE",
+    "classwise_ece": "classwise ECE",
+    "nll": "NLL",
+    "brier": "Brier",
+}
+
+
+# 1. Runs -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its `result.json`, the epochs of its `history.csv` and the bins of its `reliability.csv`.
+
+    Either of the latter is empty where there is no such file: an ensemble has no history, an older run no bins.
+    """
+
+    result: dict[str, Any]
+    history: list[dict[str, float]]
+    bins: list[dict[str, float]]
+    digest: str
+    """SHA-256 of the three files, the same whatever the machine's line ends"""
+
+
+def read_run(path: Path) -> Run:
+    """Read the run in a folder.
+
+    Raises:
+        UserError: a file is damaged, or lacks what a report needs; it names the file.
+    """
+    result, file = read_result(path), path / "result.json"
+    valid = True
+    try:
+        seed, name = result["seed"], f"{result['protocol']}/{result['row']}/seed{result['seed']}"
+        for choice in CHOICES:
+            if choice in result or choice != "selected":
+                valid = valid and all(0 <= result[choice][metric] <= 1 for metric in PUBLISHED)
+        valid = valid and isinstance(result["changes"], dict) and isinstance(seed, int) and bool(trained_on(result))
+    except (KeyError, TypeError):
+        valid = False
+    if not valid:
+        raise UserError(f"{file} is not a whole result: delete the folder to train this row again")
+    if not f"{path.parent.parent.name}/{path.parent.name}/{path.name}-".startswith(f"{name}-"):
+        raise UserError(f"{file} is the result of {name}: it lies in the wrong folder")
+    digest = hashlib.sha256(file_bytes(file))
+    tables = []
+    for name in ("history.csv", "reliability.csv"):
+        text = file_bytes(path / name) if (path / name).is_file() else b""
+        digest.update(text)
+        try:
+            lines = csv.DictReader(StringIO(text.decode()), strict=True)
+            tables.append([{key: float(value) for key, value in line.items()} for line in lines])
+        except (ValueError, TypeError, csv.Error):
+            raise UserError(f"{path / name} is damaged: delete it, and --recompute or train this row again") from None
+    return Run(result, *tables, digest.hexdigest())
+
+
+def trained_on(result: dict[str, Any]) -> str:
+    """How much a run, or an ensemble's members, trained."""
+    images = result["settings"]["train_size"]
+    return (
+        f"{result['settings']['epochs']} epochs on {f'{images:,} images' if images else 'all'} of {result['dataset']}"
+    )
+
+
+def file_bytes(path: Path) -> bytes:
+    """What a file holds, the same whatever the machine's line ends."""
+    return path.read_bytes().replace(b"\r\n", b"\n")
+
+
+def run_folders(results_dir: Path, protocol: str) -> list[Path]:
+    """Folders of the finished runs, in the order of their names."""
+    return sorted(file.parent for file in results_dir.glob(f"{protocol}/*/seed*/result.json"))
+
+
+def recompute(path: Path) -> None:
+    """Compute a finished run's metrics anew from its probabilities and write them where `common.Run` does.
+
+    Raises:
+        UserError: the probabilities or the result are missing or damaged.
+    """
+    from calibration import calibration_metrics, scores_of_run
+
+    result = read_run(path).result
+    try:
+        arrays = load_probabilities(path / "probabilities.npz")
+    except UserError as error:
+        raise UserError(f"{error}, so this run keeps the metrics it has") from None
+    scores, metrics = scores_of_run(arrays), calibration_metrics(arrays["best"], arrays["labels"])
+    for choice, values in scores.items():
+        result[choice] = {"epoch": result.get(choice, {}).get("epoch"), **values}
+    with atomic_write(path / "reliability.csv") as file:
+        file.write(metrics.bins_csv.encode())
+    with atomic_write(path / "result.json") as file:
+        file.write(json.dumps(result, indent=2).encode())
+
+
+def recompute_all(paths: Sequence[Path]) -> list[str]:
+    """`recompute` for many runs, one to a processor; returns what went wrong, a line each."""
+
+    def problem(path: Path) -> str | None:
+        try:
+            recompute(path)
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [line for line in pool.map(problem, paths) if line]
+
+
+# 2. Rows -------------------------------------------------------------------------------------------------
+
+
+class Statistic(NamedTuple):
+    mean: float
+    sd: float | None
+    """sample standard deviation over seeds; None with one seed"""
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Statistic":
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+    def beyond_chance(self, metric: str, expected: float = 0.0) -> bool:
+        """Whether it differs by more than two standard deviations or, with one seed, 0.005 of accuracy, 0.015 else."""
+        return abs(self.mean - expected) > (CHANCE[metric] if self.sd is None else 2 * self.sd)
+
+
+def number(metric: str, value: float, sign: str = "") -> str:
+    """As people read it: accuracy in percent."""
+    return f"{100 * value:{sign}.2f}" if metric == "accuracy" else f"{value:{sign}.4f}"
+
+
+def plus_minus(metric: str, statistic: Statistic | None, sep: str = "±", sign: str = "") -> str:
+    """Mean and, where there is one, deviation; nothing for None. `sign` is the mean's."""
+    if statistic is None:
+        return ""
+    text = number(metric, statistic.mean, sign)
+    return text if statistic.sd is None else f"{text}{sep}{number(metric, statistic.sd)}"
+
+
+@dataclass
+class Row:
+    """A line of the table: one row, or one variant of it, with its runs over seeds."""
+
+    row: str
+    changes: dict[str, Any]
+    table: str
+    technique: str
+    published: dict[str, float | None] = field(default_factory=dict)
+    runs: list[Run] = field(default_factory=list)
+
+    @property
+    def flags(self) -> str:
+        """What to add to the recipe's command line for this variant."""
+
+        def words(value: Any) -> str:
+            return " ".join(f"{v:g}" if isinstance(v, float | int) else str(v) for v in value)
+
+        values = {k: v if isinstance(v, list) else [v] for k, v in self.changes.items()}
+        return " ".join(f"--{name.replace('_', '-')} {words(value)}" for name, value in values.items())
+
+    @property
+    def label(self) -> str:
+        return f"{self.row} {self.flags}".strip()
+
+    @property
+    def choices(self) -> list[str]:
+        """Which epochs the runs report, of `best`, `last` and `selected`."""
+        return [choice for choice in CHOICES if self.runs and all(choice in run.result for run in self.runs)]
+
+    @property
+    def minutes(self) -> float | None:
+        """What a run's epochs took with their evaluation, the mean over the seeds; None for an ensemble."""
+        seconds = [sum(epoch.get("seconds", math.nan) for epoch in run.history) for run in self.runs if run.history]
+        return statistics.fmean(seconds) / 60 if seconds and math.isfinite(sum(seconds)) else None
+
+    def values(self, choice: str, metric: str, scaled: bool = False) -> list[float] | None:
+        """A metric over the seeds, raw or after temperature scaling; None unless every run has it."""
+        scores = [run.result[choice] for run in self.runs]
+        scores = [score.get("scaled", {}) for score in scores] if scaled else scores
+        values = [score.get(metric) for score in scores]
+        return None if None in values or not values else values
+
+    def statistic(self, choice: str, metric: str, scaled: bool = False) -> Statistic | None:
+        values = self.values(choice, metric, scaled)
+        return values and Statistic.of(values)
+
+    def temperature(self, choice: str) -> float | None:
+        """The mean of the fitted temperatures, over halves and seeds."""
+        values = self.values(choice, "temperatures")
+        return values and statistics.fmean(value for pair in values for value in pair)
+
+    def difference(self, choice: str, metric: str) -> tuple[float, bool] | None:
+        """Ours less the published number, and whether that is more than chance explains."""
+        ours, theirs = self.statistic(choice, metric), self.published.get(metric)
+        if ours is None or theirs is None:
+            return None
+        return ours.mean - theirs, ours.beyond_chance(metric, theirs)
+
+
+def sort_into_rows(runs: Iterable[Run], comparable: bool = True) -> tuple[list[Row], list[Row]]:
+    """The lines of the table, in the published order and empty where there are no runs yet; and other runs' lines.
+
+    Rows have their published numbers where the runs are comparable with them.
+
+    A line for runs with held-out images follows that of the same settings without, for they have fewer to learn from.
+    """
+    table: list[Row] = []
+    others: list[Row] = []
+    for line in read_published():
+        numbers = {metric: line[metric] for metric in PUBLISHED} if comparable else {}
+        table.append(Row(line["row"], line["changes"], line["table"], line["technique"], numbers))
+    for run in sorted(runs, key=lambda run: run.result["seed"]):
+        name, changes = run.result["row"], run.result["changes"]
+        same = [row for row in table + others if row.row == name and row.changes == changes]
+        if not same:
+            without = {key: value for key, value in changes.items() if key != "val_size"}
+            like = [i for i, row in enumerate(table) if row.row == name and row.changes == without]
+            if like:
+                model = table[like[0]]
+                technique = f"{model.technique}, {changes['val_size']} images held out"
+                same = [Row(name, changes, model.table, technique, model.published)]
+                table.insert(like[0] + 1, same[0])
+            else:
+                same = [Row(name, changes, "Other runs", "")]
+                others.append(same[0])
+        same[0].runs.append(run)
+    table = [row for row in table if row.runs or row.published or not row.changes]  # variants are there to be compared
+    return table, sorted(others, key=lambda row: (row.row, row.label))
