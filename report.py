@@ -1,4 +1,4 @@
-"""Turn results/ into tables and figures.
+"""Turn results/ into tables, figures and answers.
 
 Every finished run of a protocol goes into results/<protocol>/table.md and table.csv, results/<protocol>/figures/ and
 the terminal; the table of the protocol that stands highest goes into README.md, between its two markers.
@@ -16,6 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import questions
 from command_line import orderly_end, parse
 from rows import (
     CHOICES,
@@ -142,6 +143,7 @@ def markdown(protocol: str, rows: Sequence[Row], others: Sequence[Row]) -> str:
     """The whole of table.md."""
     legend = LEGEND + BRACKETS * (protocol in STANDING)
     parts = [f"# Results, protocol {protocol}", notes(protocol, rows), markdown_table(rows), legend.strip()]
+    parts += filter(None, [questions.markdown(rows)])
     parts += ["## Further metrics, before → after temperature scaling", markdown_further_table(rows)]
     parts.append(
         "The temperature is fitted by NLL on one half of the test images and measured on the other, both ways, "

@@ -1,0 +1,92 @@
+"""The answers to the table's questions, by numpy and by hand."""
+
+import numpy as np
+import pytest
+from conftest import ROWS
+
+import common
+import questions
+from questions import ACCURACY, ECE, ECE_SCALED, ECE_THAN_SCALED, QUESTIONS, TAUGHT_BY
+from rows import Row, Run, sort_into_rows
+
+
+def runs(**scores: list[float]) -> list[Run]:
+    """Finished runs of the seeds 0, 1, ...: `metric=[...]`, and `scaled_metric=[...]` for after scaling."""
+    made = []
+    for seed, values in enumerate(zip(*scores.values(), strict=True)):
+        last = dict(zip(scores, values, strict=True))
+        last["scaled"] = {name[7:]: last.pop(name) for name in list(last) if name.startswith("scaled_")}
+        result = {"row": "", "changes": {}, "seed": seed, "last": last}
+        made.append(Run(result, [], [], ""))
+    return made
+
+
+def table(comparable: bool = True, **of_rows: list[Run]) -> list[Row]:
+    rows, _ = sort_into_rows([], comparable)
+    for row in rows:
+        row.runs = of_rows.get(row.row, []) if not row.changes else []
+    return rows
+
+
+def test_rows_are_those_of_the_table_and_taught_as_their_recipes_say():
+    assert {name for question in QUESTIONS for name in (*question.rows, question.than)} == set(ROWS)
+    for student, teacher in TAUGHT_BY.items():
+        assert common.config_type(common.load_recipe(student))().teacher == teacher
+
+
+def test_differences_are_of_the_seeds_that_both_have():
+    a = Row("a", {}, "", "", runs=runs(ece=[0.1, 0.2, 0.4], scaled_ece=[0.01, 0.02, 0.04], ece_15=[0.3, 0.3, 0.6]))
+    b = Row("b", {}, "", "", runs=runs(ece=[0.5, 0.1], scaled_ece=[0.03, 0.05], scaled_ece_15=[0.1, 0.2]))
+    expected = {ECE: [0.1 - 0.5, 0.2 - 0.1], ECE_SCALED: [0.01 - 0.03, 0.02 - 0.05], ECE_THAN_SCALED: [0.2, 0.1]}
+    for comparison, differences in expected.items():
+        mean, sd = questions.ours(a, b, comparison)
+        assert mean == pytest.approx(np.mean(differences)) and sd == pytest.approx(np.std(differences, ddof=1))
+    assert questions.ours(a, b, ACCURACY) is None and questions.ours(a, Row("c", {}, "", ""), ECE) is None
+
+
+def test_what_is_clear_is_bold_and_what_was_published_but_is_not_seen_is_named():
+    text = questions.markdown(
+        table(
+            teacher_baseline=runs(ece=[0.10, 0.11, 0.12]),
+            teacher_mixup=runs(ece=[0.03, 0.05, 0.04]),  # -0.07 ± 0.01: as published
+            teacher_cutmix=runs(ece=[0.01, 0.10, 0.11]),  # -0.037 ± 0.046: nothing
+            teacher_cutout=runs(ece=[0.20, 0.21, 0.22]),  # +0.1 ± 0: the other way
+        )
+    )
+    assert "| less `teacher_baseline` | ECE: published | ECE | ECE, both scaled |" in text
+    assert "| `teacher_mixup` | -0.0753 | **-0.0700 ± 0.0100** |  |" in text
+    assert "| `teacher_cutmix` | -0.0789 | -0.0367 ± 0.0462 |  |" in text
+    assert "| `teacher_cutout` | -0.0329 | **+0.1000 ± 0.0000** |  |" in text
+    assert "not seen here: `teacher_cutmix`, ECE (not clear); `teacher_cutout`, ECE (the other way)." in text
+    assert text.count("### ") == 1 and "teacher_augmix" not in text  # what did not run is not answered
+
+
+@pytest.mark.parametrize(("difference", "clear"), [(0.0051, True), (0.0049, False), (-0.0051, True)])
+def test_with_one_seed_half_a_point_is_clear(difference, clear):
+    rows = table(student_baseline=runs(accuracy=[0.7]), kd_vanilla=runs(accuracy=[0.7 + difference]))
+    assert (f"**{100 * difference:+.2f}**" in questions.markdown(rows)) is clear
+
+
+def test_without_comparable_numbers_nothing_is_said_of_the_published():
+    rows = table(False, student_baseline=runs(accuracy=[0.7]), kd_vanilla=runs(accuracy=[0.6]))
+    text = questions.markdown(rows)
+    assert "-10.00" in text and "ublished" not in text
+    assert questions.markdown(table()) == ""
+
+
+def test_rank_correlation_is_one_minus_the_squared_differences_of_ranks():
+    def spearman(a, b) -> float:
+        ranks = [np.argsort(np.argsort(values)) for values in (a, b)]
+        return 1 - 6 * ((ranks[0] - ranks[1]) ** 2).sum() / (5 * (25 - 1))
+
+    random = np.random.default_rng(0)
+    teachers, students = random.random((5, 3)), random.random((5, 3))
+    of_rows = {row: runs(ece=list(values)) for row, values in zip(TAUGHT_BY, students, strict=True)}
+    of_rows |= {row: runs(ece=list(values)) for row, values in zip(TAUGHT_BY.values(), teachers, strict=True)}
+    rows = {row.row: row for row in table(**of_rows) if not row.changes}
+    ours, theirs = questions.rank_correlation(rows)
+    expected = [spearman(*pair) for pair in zip(teachers.T, students.T, strict=True)]
+    assert ours.mean == pytest.approx(np.mean(expected)) and ours.sd == pytest.approx(np.std(expected, ddof=1))
+    published = [[rows[name].published["ece"] for name in names] for names in (TAUGHT_BY.values(), TAUGHT_BY)]
+    assert theirs == pytest.approx(spearman(*published)) == pytest.approx(0.9)
+    assert f"same order: {ours.mean:.2f} ± {ours.sd:.2f} (published: 0.90)." in questions.markdown(rows.values())
