@@ -34,7 +34,8 @@ class Teacher(DistillationTeacher):
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """A copy with each batch norm in the convolution before it; the model itself where torch.fx cannot trace it."""
+    """A copy whose batch norms are in the convolutions before them, where there is one; the model itself where torch.fx
+    cannot trace it."""
     try:
         return fuse(model)
     except TraceError:
@@ -73,7 +74,8 @@ class EnsembleDistillationTask(LogitDistillationTask):
         output = self.trainable_module(input)
         task_loss = self.criterion(output, target)
         with torch.no_grad():
-            teachers = F.softmax(self.teacher(input) / self.temperature, dim=-1)
+            logits = self.teacher(input).view(-1, *output.shape)  # (teachers, B, K), of one teacher too
+            teachers = F.softmax(logits / self.temperature, dim=-1)
             if self.reduction == "softmax_mean":
                 teachers = teachers.mean(0, keepdim=True)
             elif self.reduction == "softmax_sum":

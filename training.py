@@ -54,24 +54,26 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
         if data_parallel.size() > 1 and device.type == "cuda":
             task.trainable_module = nn.SyncBatchNorm.convert_sync_batchnorm(task.trainable_module)
+        if precision == "auto":
+            precision = "bf16" if device.type == "cuda" else "fp32"
+        teacher = getattr(task, "teacher", None)
+        if teacher and precision == "bf16":  # cast once: of frozen weights, autocast would not keep what it casts
+            for module in teacher.modules():
+                if isinstance(module, nn.Conv2d | nn.Linear):
+                    module.bfloat16()
         self.task = task.to(device, memory_format=torch.channels_last)
         self.model = task.trainable_module
         self.parts: dict[str, Tensor] = {}
         self.shape: torch.Size | None = None  # of the first inputs, for which the models are compiled
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr, momentum, weight_decay=weight_decay, fused=True)
-        if precision == "auto":
-            precision = "bf16" if device.type == "cuda" else "fp32"
         if compile == "auto":
             mode, worth_it = AUTO_COMPILE[device.type]
             compile = mode if images >= worth_it and data_parallel.size() == 1 and can_compile(device.type) else "off"
         self.compile, self.precision = compile, precision
         if precision == "bf16":
             autocast(self.model, device)
-            if teacher := getattr(task, "teacher", None):
+            if teacher:
                 autocast(teacher.model, device)
-                for module in teacher.model.modules():  # frozen weights are cast here, once, and not at every step
-                    if isinstance(module, nn.Conv2d | nn.Linear):
-                        module.bfloat16()
         if compile != "off":
             task.compile(mode=compile, dynamic=False)
         if data_parallel.size() > 1:
