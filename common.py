@@ -505,7 +505,7 @@ class Run:
                     break
                 hours = (time.perf_counter() - started) / step * len(batches) * self.cfg.epochs / 3600
                 if epoch == 1 and step == 5 and hours > 1:
-                    bar.write(f"{self.row} will take about {hours:,.0f} h on this CPU; --protocol smoke takes a minute")
+                    bar.write(f"{self.row} will take about {hours:,.0f} h on this CPU; --protocol smoke takes minutes")
         data_parallel.average_batch_norm(trainer.model)
         finite = losses.isfinite().cpu()
         if not finite.all() or not trainer.is_finite():
@@ -813,5 +813,7 @@ def summary(result: dict[str, Any], path: Path) -> str:
                 label = "published, CIFAR-100"
             elif name == "published" and result["protocol"] != "paper":
                 label = "published, 500 epochs"
+            elif name == "published" and result["changes"] and numbers == published(result["row"], {}):
+                label = "published, row's own"  # nothing was published for this variant
             lines.append(f"{label:22}{numbers['accuracy']:>9.2%} {numbers['ece']:>9.4f}{numbers['oe']:>9.4f}")
     return "\n".join([*lines, f"result   {path / 'result.json'}", f"diagram  {path / 'reliability.png'}"])

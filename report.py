@@ -419,7 +419,7 @@ def main(cfg: Config) -> int:
     if not found and not cfg.check:
         raise UserError(
             f"there are no results in {cfg.results_dir} (--results-dir): run a row first, for example "
-            "uv run recipes/teacher_baseline.py --protocol smoke, which takes a minute"
+            "uv run recipes/teacher_baseline.py --protocol smoke, which takes two minutes"
         )
     return 1 if problems or outdated else 0
 

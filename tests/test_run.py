@@ -98,8 +98,13 @@ def test_a_finished_run_is_only_printed(tmp_path, monkeypatch):
     text = common.summary(first, path)
     assert "published, CIFAR-100" in text and "74.62%" in text and f"{first['best']['accuracy']:.2%}" in text
     assert str(path / "result.json") in text and str(path / "reliability.png") in text
-    for protocol, label in (("cpu", "published, 500 epochs "), ("paper", "published   ")):
-        assert label in common.summary(first | {"dataset": "cifar100", "protocol": protocol}, path)
+    real = first | {"dataset": "cifar100", "protocol": "paper"}
+    for about, label in (
+        ({"protocol": "cpu"}, "published, 500 epochs "),
+        ({"changes": {}}, "published   "),
+        ({"changes": {"lr": 0.1}}, "published, row's own "),
+    ):
+        assert label in common.summary(real | about, path)
 
 
 def test_overwrite_starts_this_row_over_but_not_its_teacher(tmp_path):
