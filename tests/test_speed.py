@@ -1,6 +1,7 @@
 """Every fast path against the plain one it stands for."""
 
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from augmentation import CutMix
 from training import Trainer, can_compile
 
 sys.path.insert(0, str(Path(common.__file__).parent / "benchmarks"))
+import new_gpu
 import speed
 
 
@@ -237,3 +239,27 @@ def test_work_is_that_of_matrix_products_and_convolutions():
 
 def test_the_start_that_is_timed_is_a_recipes():
     exec(speed.OUR_START, {})
+
+
+def test_what_is_asked_of_a_new_gpu_is_answered(monkeypatch, capsys):
+    """On the CPU, which agrees with itself; of a view that is drawn anew, it would be seen."""
+    monkeypatch.setattr(new_gpu, "TEACHERS", ("teacher_cutmix",))
+    monkeypatch.setattr(new_gpu, "KINDS", ("kd_vanilla",))
+    monkeypatch.setattr(new_gpu, "MODELS", {"shufflenet_v1": 2})
+    cfg = new_gpu.Config(dataset="digits", steps=4, seconds=0.0)
+    bench = new_gpu.Bench(cfg)
+    for question in cfg.ask[:-1]:
+        getattr(bench, question)()
+    answers = capsys.readouterr().out
+    assert "0.000 grey levels, 0.0000% of the pixels differ; targets by 0.0e+00" in answers
+    errors = [float(error) for error in re.search("models .* fp32 (.*), bf16 (.*)", answers).groups()]
+    assert errors[0] < 1e-5 < errors[1] < 0.1
+    losses = re.findall(r"losses    student_baseline .*: ([\d.]+)", answers)
+    assert len(losses) == 2 and float(losses[0]) == pytest.approx(float(losses[1]), abs=0.1)
+    rate, seconds = re.search(r"speed .* ([\d,]+) images/s, +([\d,.]+) s an epoch", answers).groups()
+    assert float(seconds) == pytest.approx(50_000 / float(rate), rel=0.02)
+    assert answers.count("kernels   ") == 4 and "kd_vanilla             same bits" in answers
+
+    monkeypatch.setattr(common, "seed_everything", lambda seed, epoch: None)
+    bench.views()
+    assert "0.0000%" not in capsys.readouterr().out
