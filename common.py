@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import platform
 import random
 import re
@@ -777,12 +778,14 @@ def hardware(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """What the numbers depend on: interpreter, libraries, and the commit (`+` where files differ from it)."""
+    """What the numbers depend on: interpreter, libraries, and the commit (`+` where files differ from it). Where the
+    code is no repository, as in a copy on another machine, GIT_COMMIT may say which commit it is."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--match=", "--dirty=+"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         commit = None
+    commit = commit or os.environ.get("GIT_COMMIT")
     libraries = {"torch": torch.__version__, "timm": timm.__version__, "numpy": np.__version__}
     return {"python": platform.python_version(), **libraries, "cuda": torch.version.cuda, "commit": commit}
 

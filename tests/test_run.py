@@ -107,6 +107,16 @@ def test_a_finished_run_is_only_printed(tmp_path, monkeypatch):
         assert label in common.summary(real | about, path)
 
 
+def test_a_copy_without_its_repository_can_be_told_its_commit(tmp_path, monkeypatch):
+    here = common.versions()["commit"]
+    monkeypatch.setenv("GIT_COMMIT", "abc")
+    assert common.versions()["commit"] == (here or "abc")  # git knows best
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    assert common.versions()["commit"] == "abc"
+    monkeypatch.delenv("GIT_COMMIT")
+    assert common.versions()["commit"] is None
+
+
 def test_overwrite_starts_this_row_over_but_not_its_teacher(tmp_path):
     first, path = run_row("kd_cutmix", tmp_path)
     teacher = tmp_path / "smoke" / "teacher_cutmix"
