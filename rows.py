@@ -142,7 +142,7 @@ class Statistic(NamedTuple):
     def of(cls, values: Sequence[float]) -> "Statistic":
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
-    def beyond_chance(self, metric: str, expected: float = 0.0) -> bool:
+    def beyond_chance(self, metric: str, expected: float) -> bool:
         """Whether it differs by more than two standard deviations or, with one seed, 0.005 of accuracy, 0.015 else."""
         return abs(self.mean - expected) > (CHANCE[metric] if self.sd is None else 2 * self.sd)
 

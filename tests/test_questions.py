@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from conftest import ROWS
+from scipy.stats import ttest_1samp
 
 import common
 import questions
@@ -39,9 +40,19 @@ def test_differences_are_of_the_seeds_that_both_have():
     b = Row("b", {}, "", "", runs=runs(ece=[0.5, 0.1], scaled_ece=[0.03, 0.05], scaled_ece_15=[0.1, 0.2]))
     expected = {ECE: [0.1 - 0.5, 0.2 - 0.1], ECE_SCALED: [0.01 - 0.03, 0.02 - 0.05], ECE_THAN_SCALED: [0.2, 0.1]}
     for comparison, differences in expected.items():
-        mean, sd = questions.ours(a, b, comparison)
-        assert mean == pytest.approx(np.mean(differences)) and sd == pytest.approx(np.std(differences, ddof=1))
-    assert questions.ours(a, b, ACCURACY) is None and questions.ours(a, Row("c", {}, "", ""), ECE) is None
+        assert questions.ours(a, b, comparison) == pytest.approx(differences)
+    assert questions.ours(a, b, ACCURACY) == questions.ours(a, Row("c", {}, "", ""), ECE) == []
+
+
+def test_what_is_clear_is_so_by_scipys_t_test():
+    random, found = np.random.default_rng(0), []
+    for n in (2, 3, 5, 20):
+        for shift in np.linspace(0, 3, 30):
+            differences = list(shift + random.normal(size=n))
+            found.append(questions.clear(differences, "ece"))
+            assert found[-1] == (ttest_1samp(differences, 0).pvalue < 0.05)
+    assert 20 < sum(found) < 100
+    assert questions.clear([0.1, 0.1], "ece") and not questions.clear([0.0, 0.0], "ece")
 
 
 def test_what_is_clear_is_bold_and_what_was_published_but_is_not_seen_is_named():
