@@ -39,6 +39,7 @@ STYLE = {
     "svg.hashsalt": "calibrated-distillation",
 }
 WIDTH = 7.0  # inches: the text of a two-column page
+FEWEST = 10  # images in a bin that is drawn as an accuracy: that of fewer says nothing
 
 
 def draw(rows: "Sequence[Row]", folder: Path) -> list[str]:
@@ -125,7 +126,7 @@ def reliability(rows: "Sequence[Row]") -> Figure:
 
     def plot(axes: Axes, row: "Row") -> None:
         count, correct, confident = _pooled_bins(row)
-        filled = count > 0
+        filled = count >= FEWEST
         centers = ((np.arange(len(count)) + 0.5) / len(count))[filled]
         accuracy, confidence = correct[filled] / count[filled], confident[filled] / count[filled]
         bar = {"width": 1 / len(count), "linewidth": 0.4}
@@ -137,7 +138,7 @@ def reliability(rows: "Sequence[Row]") -> Figure:
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
 
     figure = _panels(rows, *((5, 1.7) if len(rows) > 6 else (3, 2.0)), plot)
-    figure.supxlabel("Confidence", fontsize=8)
+    figure.supxlabel(f"Confidence; bins of {FEWEST} images or more", fontsize=8)
     figure.supylabel("Accuracy", fontsize=8)
     handles = [
         Patch(facecolor=PALE_BLUE, label="accuracy"),
@@ -155,12 +156,13 @@ def curves(rows: "Sequence[Row]") -> Figure:
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle=":", label="perfect calibration")
     for i, row in enumerate(rows):
         count, correct, confident = _pooled_bins(row)
-        filled = count > 0
+        filled = count >= FEWEST
         style = {"marker": "os^Dvx"[i % 6], "color": COLORS[i % 6], "linestyle": LINES[i % 6]}
         label = f"{row.row}, ECE {_mean_sd(row, 'ece')}"
         x, y = confident[filled] / count[filled], correct[filled] / count[filled]
         axes.plot(x, y, **style, markersize=3, label=label, clip_on=False)
-    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="Confidence", ylabel="Accuracy", aspect="equal")
+    label = f"Confidence; bins of {FEWEST} images or more"
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel=label, ylabel="Accuracy", aspect="equal")
     figure.legend(loc="outside lower center")
     return figure
 

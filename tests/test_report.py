@@ -391,3 +391,16 @@ def test_no_text_overlaps_in_the_figures(tmp_path):
             for legend in figure.legends:
                 box = legend.get_window_extent()
                 assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+
+
+def test_bins_of_too_few_images_are_not_drawn_as_an_accuracy(tmp_path):
+    folder = make_run(tmp_path, "kd_cutmix")
+    counts = [0] * 100
+    counts[30], counts[60], counts[97] = figures.FEWEST - 1, figures.FEWEST, 181
+    lines = [f"{n},0.5,{(i + 0.5) / 100}" for i, n in enumerate(counts)]
+    (folder / "reliability.csv").write_text("\n".join(["count,accuracy,confidence", *lines]))
+    rows = [row for row in rows_of(tmp_path) if row.runs]
+    bars = [patch.get_x() for patch in figures.reliability(rows).axes[0].patches]
+    assert bars == pytest.approx([0.6, 0.95] * 2)  # accuracy, and the gap on it
+    _, curve = figures.curves(rows).axes[0].lines
+    assert list(curve.get_xdata()) == pytest.approx([0.605, 0.975])
