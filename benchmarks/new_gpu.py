@@ -21,13 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import speed
 import timm
 import torch
-import tyro
 from speed import MeasuredRun, images_per_second
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import common
 from cifar_models import CIFAR_STD
+from command_line import orderly_end, parse
 from training import Trainer, autocast
 
 TEACHERS = ("teacher_baseline", "teacher_mixup", "teacher_cutmix", "teacher_cutout", "teacher_augmix")
@@ -237,12 +237,13 @@ def cudnn_benchmark(on: bool):
 
 def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)
-    cfg = tyro.cli(Config, description=__doc__)
-    bench, started = Bench(cfg), time.perf_counter()
-    print(f"{common.hardware(bench.device)}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
-    for question in cfg.ask:
-        getattr(bench, question)()
-        print(f"          ({time.perf_counter() - started:.0f} s so far)")
+    with orderly_end():
+        cfg = parse(Config, __doc__)
+        bench, started = Bench(cfg), time.perf_counter()
+        print(f"{common.hardware(bench.device)}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
+        for question in cfg.ask:
+            getattr(bench, question)()
+            print(f"          ({time.perf_counter() - started:.0f} s so far)")
 
 
 if __name__ == "__main__":
