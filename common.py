@@ -61,7 +61,7 @@ from run_files import (
 )
 from teacher_outputs import EpochOutputs
 from tracking import ARTIFACT, Tracker, fetch_artifact, in_sweep
-from training import Compile, Precision, Trainer, without_autocast
+from training import Compile, Precision, Trainer
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"  # those that came with the code
@@ -162,7 +162,8 @@ class TrainConfig(Config):
     compile: Compile = "auto"
     """mode of torch.compile; auto compiles where the run is long enough to win the minutes back"""
     precision: Precision = "auto"
-    """of the models' arithmetic: auto is bf16 on a GPU and fp32 elsewhere; losses are fp32 always"""
+    """of the models' arithmetic while they train: auto is bf16 on a GPU and fp32 elsewhere; losses and evaluation
+    are fp32 always"""
 
 
 # Settings that leave a run the same run: where it happens, and what at most moves the last bits of its numbers.
@@ -688,15 +689,8 @@ class Run:
 
     def _save_half(self, trainer: Trainer, probabilities: Tensor) -> None:
         """Weights in half precision, small enough to publish; the model is left with them. Not where they would change
-        the test accuracy by 0.05 points or more.
-
-        Both accuracies are those of float32 arithmetic: what bf16 rounds differently for weights that differ hardly at
-        all would be more than that.
-        """
+        the test accuracy by 0.05 points or more."""
         model = trainer.model
-        if trainer.precision != "fp32":
-            without_autocast(model)
-            probabilities = self.predict(model, self.data.test_images)
         weights = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
         model.load_state_dict(weights)
         predictions = (p.argmax(1) for p in (probabilities, self.predict(model, self.data.test_images)))

@@ -36,8 +36,9 @@ class Trainer:
         images: how many the whole run trains on, which decides whether `auto` compiles. Of the whole run, so that one
             that resumes goes on with the same arithmetic.
         compile: a mode of `torch.compile`, or `off`; its results are cached between runs.
-        precision: `bf16` is autocast, for all models of the task; losses are always computed in float32. `auto` takes
-            it on a GPU. There the convolutions of `fp32` are TF32, which is torch's default.
+        precision: `bf16` is autocast, for all models of the task while they train or teach. Losses are always computed
+            in float32, and so is the trained model in eval mode. `auto` takes `bf16` on a
+            GPU. The convolutions of `fp32` are TF32 on a GPU, which is torch's default.
         deterministic: only operations that give the same bits every time, for the whole process.
 
     Attributes:
@@ -73,7 +74,7 @@ class Trainer:
         if precision == "bf16":
             autocast(self.model, device)
             if teacher:
-                autocast(teacher.model, device)
+                autocast(teacher.model, device, in_eval=True)
         if compile != "off":
             task.compile(mode=compile, dynamic=False)
         if data_parallel.size() > 1:
@@ -120,20 +121,20 @@ class Trainer:
         return bool(nn.utils.get_total_norm(tensors).isfinite())
 
 
-def autocast(model: nn.Module, device: torch.device) -> None:
-    """Have `model` compute in bfloat16 where that is safe, and return float32."""
+def autocast(model: nn.Module, device: torch.device, in_eval: bool = False) -> None:
+    """Have `model` compute in bfloat16 where that is safe, and return float32.
+
+    By default only while it trains, for what is evaluated for its calibration should not be rounded: bfloat16 has 8
+    bits, so that logits of 8 to 16 come in steps of 1/16. Measured on CIFAR-100, five epochs in, it changed one or two
+    predictions in a hundred, and for as many images the first two classes came out equal.
+    """
     forward = model.forward
 
     def forward_in_bf16(x: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=model.training or in_eval):
             return forward(x).float()
 
     model.forward = forward_in_bf16
-
-
-def without_autocast(model: nn.Module) -> None:
-    """Have `model` compute in its own precision again."""
-    vars(model).pop("forward", None)
 
 
 @functools.cache

@@ -108,7 +108,7 @@ class Bench:
                 model = model.float().to(self.device, memory_format=torch.channels_last)
                 views = x.to(self.device, memory_format=torch.channels_last)
                 errors = {"fp32": model(views)}
-                autocast(model, self.device)
+                autocast(model, self.device, in_eval=True)
                 errors["bf16"] = model(views)
             errors = {k: (v.cpu() - expected).norm() / expected.norm() for k, v in errors.items()}
             print(f"models    {name:22} " + ", ".join(f"{k} {v:.1e}" for k, v in errors.items()))

@@ -15,17 +15,19 @@ import torch
 from conftest import THREE_STEPS, Killed, in_epoch, run_row
 
 import common
-from run_files import UserError, atomic_write
+from run_files import UserError, atomic_write, load_probabilities, load_weights
 
 
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch, capsys):
-    result, whole = run_row("teacher_cutmix", tmp_path / "whole", **THREE_STEPS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_killed_run_resumes_to_the_same_bits(precision, tmp_path, monkeypatch, capsys):
+    settings = dict(precision=precision, **THREE_STEPS)
+    result, whole = run_row("teacher_cutmix", tmp_path / "whole", **settings)
     for epoch in (3, 1):  # dies in its third epoch, then once more right after resuming
         with monkeypatch.context() as patch, pytest.raises(Killed):
             in_epoch(patch, epoch)
-            run_row("teacher_cutmix", tmp_path / "killed", **THREE_STEPS)
+            run_row("teacher_cutmix", tmp_path / "killed", **settings)
     assert "resuming after epoch 2 of 3" in capsys.readouterr().out
-    resumed, killed = run_row("teacher_cutmix", tmp_path / "killed", **THREE_STEPS)
+    resumed, killed = run_row("teacher_cutmix", tmp_path / "killed", **settings)
     for name in ("model.safetensors", "best.safetensors", "probabilities.npz", "reliability.png"):
         assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
     histories = [list(csv.DictReader((path / "history.csv").open())) for path in (whole, killed)]
@@ -176,19 +178,16 @@ def test_a_published_teacher_teaches_as_the_one_it_was_made_from(tmp_path, monke
         teacher_from="train")).changes == {}  # fmt: skip
 
 
-def test_half_precision_is_judged_in_float32_whatever_a_run_computed_in(tmp_path, monkeypatch):
-    """bf16 rounds differently what half precision changed by less than that, and flips predictions that are near."""
-    in_bf16, real = [], common.Run.predict
-
-    def predict(run, model, images):
-        logits = model(common.normalize(images[:8]))
-        in_bf16.append(torch.equal(logits, logits.bfloat16().float()))
-        return real(run, model, images)
-
-    monkeypatch.setattr(common.Run, "predict", predict)
-    _, path = run_row("student_baseline", tmp_path, precision="bf16")
-    assert in_bf16 == [True, False, False]  # the epoch's, then the whole weights and the half ones
-    assert (path / "model.fp16.safetensors").is_file()
+def test_what_is_evaluated_is_float32_whatever_a_run_trains_in(tmp_path, monkeypatch):
+    """The probabilities that are kept are those of the weights that are kept, in float32."""
+    result, path = run_row("student_baseline", tmp_path, precision="bf16")
+    assert result["precision"] == "bf16"
+    model = timm.create_model("shufflenet_v1", num_classes=10).eval()
+    model.load_state_dict(load_weights(path / "model.safetensors"))
+    data = common.load_dataset("digits", Path())
+    with torch.inference_mode():
+        expected = model(common.normalize(data.test_images)).softmax(1).numpy()
+    assert np.abs(load_probabilities(path / "probabilities.npz")["last"] - expected).max() < 1e-5
 
 
 def test_deterministic_is_asked_of_a_teacher_that_is_trained_on_the_way(tmp_path, monkeypatch):

@@ -152,7 +152,12 @@ def test_bf16_is_near_fp32_with_losses_and_weights_in_fp32():
     full, _ = losses("kd 1", 5, 1e-7, precision="fp32")
     assert fast != full and fast == pytest.approx(full, rel=0.03)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert model(torch.randn(2, 3, 16, 16)).dtype == torch.float32
+    images, rounded = torch.randn(2, 3, 16, 16), lambda logits: torch.equal(logits, logits.bfloat16().float())
+    assert rounded(model.train()(images)) and model(images).dtype == torch.float32
+    assert not rounded(model.eval()(images))
+    plain = timm.create_model("shufflenet_v1", num_classes=10).eval()
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(images), plain(images))
 
 
 @pytest.mark.parametrize("kind", ["kd 1", "kd 4"])
