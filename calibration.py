@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+FEW = 10  # images: in a picture, the accuracy of fewer says nothing
 MAX_TEMPERATURE = 100.0  # and its inverse: beyond, a fit has no minimum (all right, or no better than chance)
 
 
@@ -273,7 +274,7 @@ def _all_scores(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def reliability_diagram(metrics: CalibrationMetrics, title: str = "", path: Path | None = None, drawn_bins: int = 20):
-    """Reliability diagram (Guo et al., 2017, fig. 1) over a histogram of confidence.
+    """Reliability diagram (Guo et al., 2017, fig. 1) over a histogram of confidence; bars of few images are pale.
 
     Args:
         metrics: from `calibration_metrics`; ECE and OE are shown as they are there.
@@ -284,30 +285,39 @@ def reliability_diagram(metrics: CalibrationMetrics, title: str = "", path: Path
         The `matplotlib.figure.Figure`.
     """
     from matplotlib.figure import Figure  # not pyplot: no window, no state, safe in any thread
+    from matplotlib.patches import Patch
 
-    n, accuracy, confidence = metrics.merged(drawn_bins)
-    mean_confidence = ((n * confidence).nansum() / n.sum()).item()
-    filled, width = n > 0, 1 / len(n)
-    centers = ((torch.arange(len(n)) + 0.5) * width)[filled].numpy()
-    accuracy, confidence = accuracy[filled].numpy(), confidence[filled].numpy()
+    n, accuracy, confidence = (values.numpy() for values in metrics.merged(drawn_bins))
+    filled, few, width = n > 0, (n > 0) & (n < FEW), 1 / len(n)
+    mean_confidence = (n * confidence)[filled].sum() / n.sum()
+    centers = (np.arange(len(n)) + 0.5) * width
 
     figure = Figure(figsize=(3.6, 4.9), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    blue, red = "#3b6ea5", "#d1495b"
     bar = dict(width=width, linewidth=0.5)
-    top.bar(centers, accuracy, color="#3b6ea5", edgecolor="white", label="accuracy", **bar)
-    gap = dict(facecolor="#d1495b40", edgecolor="#d1495b", hatch="////", label="gap to confidence")
-    top.bar(centers, confidence - accuracy, bottom=accuracy, **gap, **bar)
+    for bins, alpha in ((filled & ~few, 1.0), (few, 0.25)):
+        x, height, gap = centers[bins], accuracy[bins], (confidence - accuracy)[bins]
+        solid = dict(facecolor=(blue, alpha), edgecolor="white")
+        hatched = dict(facecolor=(red, 0.25 * alpha), edgecolor=(red, alpha), hatch="////")
+        top.bar(x, height, **solid, **bar)
+        top.bar(x, gap, bottom=height, **hatched, **bar)
     top.plot([0, 1], [0, 1], "--", color="0.3", linewidth=1)
     top.text(
         0.97, 0.05, f"ECE {metrics.ece:.4f}\nOE {metrics.oe:.4f}", transform=top.transAxes, ha="right", va="bottom",
         bbox=dict(facecolor="white", edgecolor="0.8", boxstyle="round,pad=0.4"),
     )  # fmt: skip
     top.set(xlim=(0, 1), ylim=(0, 1), ylabel="Accuracy", title=title)
-    bottom.bar(centers, (n[filled] / n.sum()).numpy(), color="0.55", edgecolor="white", **bar)
-    bottom.axvline(metrics.accuracy, color="#3b6ea5", linewidth=1.2, label="mean accuracy")
-    bottom.axvline(mean_confidence, color="#d1495b", linewidth=1.2, linestyle="--", label="mean confidence")
-    bottom.set(xlabel="Confidence", ylabel="Share of images")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    bottom.bar(centers, n / n.sum(), color="0.55", edgecolor="white", **bar)
+    bottom.axvline(metrics.accuracy, color=blue, linewidth=1.2, label="mean accuracy")
+    bottom.axvline(mean_confidence, color=red, linewidth=1.2, linestyle="--", label="mean confidence")
+    pale = f"; pale: fewer than {FEW} images" if few.any() else ""
+    bottom.set(xlabel=f"Confidence{pale}", ylabel="Share of images")
+    swatch = dict(facecolor=(red, 0.25), edgecolor=red, hatch="////")
+    patches = [Patch(facecolor=blue, label="accuracy"), Patch(**swatch, label="gap to confidence")]
+    figure.legend(
+        handles=[*patches, *bottom.lines], loc="outside lower center", ncols=2, frameon=False, fontsize="small"
+    )
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
     if path:

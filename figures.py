@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
+from calibration import FEW
 from run_files import atomic_write
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ STYLE = {
     "svg.hashsalt": "calibrated-distillation",
 }
 WIDTH = 7.0  # inches: the text of a two-column page
-FEWEST = 10  # images in a bin that is drawn as an accuracy: that of fewer says nothing
 
 
 def draw(rows: "Sequence[Row]", folder: Path) -> list[str]:
@@ -126,7 +126,7 @@ def reliability(rows: "Sequence[Row]") -> Figure:
 
     def plot(axes: Axes, row: "Row") -> None:
         count, correct, confident = _pooled_bins(row)
-        filled = count >= FEWEST
+        filled = count >= FEW
         centers = ((np.arange(len(count)) + 0.5) / len(count))[filled]
         accuracy, confidence = correct[filled] / count[filled], confident[filled] / count[filled]
         bar = {"width": 1 / len(count), "linewidth": 0.4}
@@ -138,7 +138,7 @@ def reliability(rows: "Sequence[Row]") -> Figure:
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
 
     figure = _panels(rows, *((5, 1.7) if len(rows) > 6 else (3, 2.0)), plot)
-    figure.supxlabel(f"Confidence; bins of {FEWEST} images or more", fontsize=8)
+    figure.supxlabel(f"Confidence; bins of {FEW} images or more", fontsize=8)
     figure.supylabel("Accuracy", fontsize=8)
     handles = [
         Patch(facecolor=PALE_BLUE, label="accuracy"),
@@ -156,12 +156,12 @@ def curves(rows: "Sequence[Row]") -> Figure:
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle=":", label="perfect calibration")
     for i, row in enumerate(rows):
         count, correct, confident = _pooled_bins(row)
-        filled = count >= FEWEST
+        filled = count >= FEW
         style = {"marker": "os^Dvx"[i % 6], "color": COLORS[i % 6], "linestyle": LINES[i % 6]}
         label = f"{row.row}, ECE {_mean_sd(row, 'ece')}"
         x, y = confident[filled] / count[filled], correct[filled] / count[filled]
         axes.plot(x, y, **style, markersize=3, label=label, clip_on=False)
-    label = f"Confidence; bins of {FEWEST} images or more"
+    label = f"Confidence; bins of {FEW} images or more"
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel=label, ylabel="Accuracy", aspect="equal")
     figure.legend(loc="outside lower center")
     return figure

@@ -135,14 +135,17 @@ def test_reliability_diagram_draws_the_metrics(tmp_path):
     top, bottom = figure.axes
     assert f"ECE {metrics.ece:.4f}\nOE {metrics.oe:.4f}" in [text.get_text() for text in top.texts]
     assert top.get_title() == "a title"
-    accuracy, gap = top.containers
     bars = calibration_metrics(p, labels, n_bins=20)  # what merging 100 bins by fives must give
-    filled = bars.bin_count > 0
-    assert [bar.get_height() for bar in accuracy] == pytest.approx(bars.bin_accuracy[filled].tolist())
-    reached = [bar.get_y() + bar.get_height() for bar in gap]
-    assert reached == pytest.approx(bars.bin_confidence[filled].tolist())
+    many, few = bars.bin_count >= 10, (bars.bin_count > 0) & (bars.bin_count < 10)
+    assert many.any() and few.any()
+    for bins, accuracy, gap in zip((many, few), top.containers[::2], top.containers[1::2], strict=True):
+        assert [bar.get_height() for bar in accuracy] == pytest.approx(bars.bin_accuracy[bins].tolist())
+        reached = [bar.get_y() + bar.get_height() for bar in gap]
+        assert reached == pytest.approx(bars.bin_confidence[bins].tolist())
+        assert {bar.get_facecolor()[3] for bar in accuracy} == {1.0 if bins is many else 0.25}
     histogram = [bar.get_height() for bar in bottom.containers[0]]
-    assert histogram == pytest.approx((bars.bin_count[filled] / 500).tolist())
+    assert histogram == pytest.approx((bars.bin_count / 500).tolist())
+    assert "fewer than 10 images" in bottom.get_xlabel()
 
 
 def test_reliability_diagram_with_bins_that_do_not_merge():
