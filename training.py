@@ -1,6 +1,7 @@
 """One training step, as fast as its device does it: the same mathematics as the plain loop, to which tests hold it."""
 
 import functools
+import math
 import os
 import sys
 from contextlib import nullcontext
@@ -20,9 +21,14 @@ Compile = Literal["auto", "off", "default", "reduce-overhead", "max-autotune-no-
 Precision = Literal["auto", "fp32", "bf16"]
 
 # What `auto` compiles to, and from how many training images in a run, so that the minutes of compilation are won back
-# many times over. On a CPU it fuses batch norm, two fifths of ShuffleNetV1's step. On a GPU it records CUDA graphs, for
-# the models' kernels are so short that launching them one by one takes longer; not measured yet.
-AUTO_COMPILE = {"cpu": ("default", 500_000), "cuda": ("reduce-overhead", 2_000_000)}
+# many times over. On a CPU in fp32 it fuses batch norm, two fifths of ShuffleNetV1's step; in bf16 what it fuses is
+# slower than torch's own. On a GPU it records CUDA graphs, for the models' kernels are so short that launching them one
+# by one takes longer; not measured yet.
+AUTO_COMPILE = {
+    ("cpu", "fp32"): ("default", 500_000),
+    ("cuda", "fp32"): ("reduce-overhead", 2_000_000),
+    ("cuda", "bf16"): ("reduce-overhead", 2_000_000),
+}
 
 
 class Trainer:
@@ -37,8 +43,8 @@ class Trainer:
             that resumes goes on with the same arithmetic.
         compile: a mode of `torch.compile`, or `off`; its results are cached between runs.
         precision: `bf16` is autocast, for all models of the task while they train or teach. Losses are always computed
-            in float32, and so is the trained model in eval mode. `auto` takes `bf16` on a
-            GPU. The convolutions of `fp32` are TF32 on a GPU, which is torch's default.
+            in float32, and so is the trained model in eval mode. `auto` takes `bf16` where the device `computes_bf16`.
+            The convolutions of `fp32` are TF32 on a GPU, which is torch's default.
         deterministic: only operations that give the same bits every time, for the whole process.
 
     Attributes:
@@ -56,7 +62,7 @@ class Trainer:
         if data_parallel.size() > 1 and device.type == "cuda":
             task.trainable_module = nn.SyncBatchNorm.convert_sync_batchnorm(task.trainable_module)
         if precision == "auto":
-            precision = "bf16" if device.type == "cuda" else "fp32"
+            precision = "bf16" if computes_bf16(device.type) else "fp32"
         teacher = getattr(task, "teacher", None)
         if teacher and precision == "bf16":  # cast once: of frozen weights, autocast would not keep what it casts
             for module in teacher.modules():
@@ -68,7 +74,7 @@ class Trainer:
         self.shape: torch.Size | None = None  # of the first inputs, for which the models are compiled
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr, momentum, weight_decay=weight_decay, fused=True)
         if compile == "auto":
-            mode, worth_it = AUTO_COMPILE[device.type]
+            mode, worth_it = AUTO_COMPILE.get((device.type, precision), ("off", math.inf))
             compile = mode if images >= worth_it and data_parallel.size() == 1 and can_compile(device.type) else "off"
         self.compile, self.precision = compile, precision
         if precision == "bf16":
@@ -135,6 +141,12 @@ def autocast(model: nn.Module, device: torch.device, in_eval: bool = False) -> N
             return forward(x).float()
 
     model.forward = forward_in_bf16
+
+
+def computes_bf16(device: str) -> bool:
+    """Whether bfloat16 is faster than float32: on a GPU, and on a CPU with instructions for it."""
+    capabilities = torch.cpu.get_capabilities()
+    return device == "cuda" or any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 @functools.cache

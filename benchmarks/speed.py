@@ -395,15 +395,17 @@ def start_up(repeats: int) -> tuple[float, float]:
     return tuple(map(statistics.median, seconds.values()))
 
 
-def report(lines: list[dict], starts: tuple[float, float], device: torch.device, cfg: Config) -> str:
+def report(lines: list[dict], starts: tuple[float, float], cfg: Config) -> str:
     """The table in Markdown."""
-    name, versions = common.hardware(device), common.versions()
+    run, versions = build("student_baseline", cfg), common.versions()
+    name, chosen = common.hardware(run.device), run.trainer(run.task)
     text = [
         f"# Speed on {name}",
         "",
         f"`python benchmarks/speed.py`, {time.strftime('%Y-%m-%d')}, commit {(versions['commit'] or 'unknown')[:12]}, "
-        f"torch {versions['torch']}, timm {versions['timm']}; --compile {cfg.compile}, --precision {cfg.precision}; "
-        f"{cfg.workers} workers for the reference; medians of {cfg.repeats} alternated timings.",
+        f"torch {versions['torch']}, timm {versions['timm']}; --compile {chosen.compile}, "
+        f"--precision {chosen.precision}; {cfg.workers} workers for the reference, which is float32; "
+        f"medians of {cfg.repeats} alternated timings.",
         "",
         "| | images/s | reference, images/s | ratio | s for all images |",
         "|---|---|---|---|---|",
@@ -433,8 +435,8 @@ def report(lines: list[dict], starts: tuple[float, float], device: torch.device,
 
 def main() -> None:
     cfg = tyro.cli(Config, description=__doc__)
+    text = report(ratios(cfg), start_up(cfg.repeats), cfg)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    text = report(ratios(cfg), start_up(cfg.repeats), device, cfg)
     name = common.hardware(device) + (f" compile {cfg.compile}" if cfg.compile != "auto" else "")
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     (cfg.out / f"{slug}.md").write_text(text)
