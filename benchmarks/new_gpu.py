@@ -162,7 +162,8 @@ class Bench:
     # Fast? -----------------------------------------------------------------------------------------------
 
     def speed(self, compile: str = "off", rows: tuple[str, ...] = KINDS) -> None:
-        """Images a second, seconds an epoch and peak memory of each kind of row, alone on the device."""
+        """Images a second, seconds that an epoch and its evaluation take, and peak memory of each kind of row, alone
+        on the device."""
         total = 0.0
         for row in rows:
             if self.device.type == "cuda":
@@ -174,21 +175,25 @@ class Bench:
                 trainer.step(*next(batches))
                 return run.cfg.batch_size
 
+            def evaluate(run=run, trainer=trainer) -> int:
+                part = slice(500 if self.device.type == "cpu" else None)
+                return len(run.predict(trainer.model, run.data.test_images[part]))
+
             for _ in range(3):  # warm up, compile, record
                 step()
             self.synchronize()
             first = time.perf_counter() - started
             rate = images_per_second(step, self.cfg.seconds, self.device)
-            epoch = 50_000 / rate
-            total += epoch * COUNT.get(row, 1)
+            epoch, evaluation = 50_000 / rate, 10_000 / images_per_second(evaluate, self.cfg.seconds, self.device)
+            total += (epoch + evaluation) * COUNT.get(row, 1)
             memory = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else float("nan")
             print(
                 f"speed     {row:22} compile {compile}: {rate:9,.0f} images/s, {epoch:7.1f} s an epoch, "
-                f"{memory:.2f} GiB, first three steps {first:.1f} s"
+                f"{evaluation:.2f} s its evaluation, {memory:.2f} GiB, first three steps {first:.1f} s"
             )
         if rows == KINDS:
             hours = {name: total * common.PROTOCOLS[name].epochs / 3600 for name in ("quick", "short", "paper")}
-            print("speed     all 14 rows, one after the other, evaluation aside: " + ", ".join(
+            print("speed     all 14 rows, one after the other: " + ", ".join(
                 f"{name} {value:.1f} h" for name, value in hours.items()))  # fmt: skip
 
     def kernels(self) -> None:
