@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from run_files import UserError, atomic_write
@@ -76,7 +77,11 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _digest(tensors: dict[str, Tensor], text: str) -> str:
-    return hashlib.sha256(safetensors.torch.save(tensors, {"state": text})).hexdigest()
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _split(tree: dict[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:

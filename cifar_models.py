@@ -101,6 +101,12 @@ class WideResNet(CifarModel):
         return F.relu(self.bn1(x), inplace=True)
 
 
+def channel_shuffle(x: Tensor, groups: int) -> Tensor:
+    """(B, C, H, W) with channel (g, c) moved to (c, g), as `F.channel_shuffle`; channels last stay channels last, which
+    on a GPU torch's own does not keep."""
+    return x.permute(0, 2, 3, 1).unflatten(-1, (groups, -1)).transpose(-1, -2).flatten(-2).permute(0, 3, 1, 2)
+
+
 class ShuffleUnit(nn.Module):
     """ShuffleNet unit (Zhang et al., 2018, fig. 2b and 2c). With stride 2 it appends the pooled input."""
 
@@ -108,10 +114,9 @@ class ShuffleUnit(nn.Module):
         super().__init__()
         out_chs = out_chs - in_chs if stride == 2 else out_chs
         mid_chs = out_chs // 4
-        groups_in = 1 if in_chs == 24 else groups  # the stem's 24 channels are too few to group
-        self.conv1 = nn.Conv2d(in_chs, mid_chs, 1, groups=groups_in, bias=False)
+        self.groups_in = 1 if in_chs == 24 else groups  # the stem's 24 channels are too few to group
+        self.conv1 = nn.Conv2d(in_chs, mid_chs, 1, groups=self.groups_in, bias=False)
         self.bn1 = nn.BatchNorm2d(mid_chs)
-        self.shuffle = nn.ChannelShuffle(groups_in)
         self.conv2 = nn.Conv2d(mid_chs, mid_chs, 3, stride, padding=1, groups=mid_chs, bias=False)
         self.bn2 = nn.BatchNorm2d(mid_chs)
         self.conv3 = nn.Conv2d(mid_chs, out_chs, 1, groups=groups, bias=False)
@@ -119,7 +124,7 @@ class ShuffleUnit(nn.Module):
         self.pool = nn.AvgPool2d(3, stride=2, padding=1) if stride == 2 else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.shuffle(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        y = channel_shuffle(F.relu(self.bn1(self.conv1(x)), inplace=True), self.groups_in)
         y = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(y)), inplace=True)))
         return F.relu(y + x if self.pool is None else torch.cat([y, self.pool(x)], 1), inplace=True)
 

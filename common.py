@@ -162,8 +162,8 @@ class TrainConfig(Config):
     compile: Compile = "auto"
     """mode of torch.compile; auto compiles where the run is long enough to win the minutes back"""
     precision: Precision = "auto"
-    """of the models' arithmetic while they train: auto is bf16 on a GPU, and on a CPU with instructions for it; losses
-    and evaluation are fp32 always"""
+    """of the models' arithmetic while they train: auto is bf16 on a GPU that has it and fp32 elsewhere; losses and
+    evaluation are fp32 always, with TF32 convolutions on a GPU"""
 
 
 # Settings that leave a run the same run: where it happens, and what at most moves the last bits of its numbers.

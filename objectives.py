@@ -26,7 +26,9 @@ class Teacher(DistillationTeacher):
         self.outputs: EpochOutputs | None = None  # where this epoch's logits are shared with other students
 
     def forward(self, input: Tensor, return_features: bool = False) -> Tensor:
-        return self.outputs.step(self.model, input) if self.outputs else super().forward(input, return_features)
+        if return_features:
+            raise NotImplementedError("a Teacher says logits only: timm's DistillationTeacher has features too")
+        return self.outputs.step(self.model, input) if self.outputs else self.model(input)
 
     def normalize_input(self, input: Tensor, student_mean=None, student_std=None) -> Tensor:
         """All models here share one normalisation; timm's comparison would stall a GPU at every step."""

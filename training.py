@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import Literal
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from timm.task import TrainingTask
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -43,8 +44,9 @@ class Trainer:
             that resumes goes on with the same arithmetic.
         compile: a mode of `torch.compile`, or `off`; its results are cached between runs.
         precision: `bf16` is autocast, for all models of the task while they train or teach. Losses are always computed
-            in float32, and so is the trained model in eval mode. `auto` takes `bf16` where the device `computes_bf16`.
-            The convolutions of `fp32` are TF32 on a GPU, which is torch's default.
+            in float32, and so is the trained model in eval mode. `auto` takes `bf16` on a GPU that has
+            it; on a CPU, where it can be faster too, torch 2.11 has a wrong gradient: see docs/scaling.md. The
+            convolutions of `fp32` are TF32 on a GPU, which is torch's default.
         deterministic: only operations that give the same bits every time, for the whole process.
 
     Attributes:
@@ -60,9 +62,10 @@ class Trainer:
         if deterministic:
             torch.use_deterministic_algorithms(True)
         if data_parallel.size() > 1 and device.type == "cuda":
-            task.trainable_module = nn.SyncBatchNorm.convert_sync_batchnorm(task.trainable_module)
+            task.trainable_module = convert_sync_batchnorm(task.trainable_module)  # timm's keeps fused activations
         if precision == "auto":
-            precision = "bf16" if computes_bf16(device.type) else "fp32"
+            on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            precision = "bf16" if on_gpu else "fp32"
         teacher = getattr(task, "teacher", None)
         if teacher and precision == "bf16":  # cast once: of frozen weights, autocast would not keep what it casts
             for module in teacher.modules():
@@ -82,6 +85,7 @@ class Trainer:
             if teacher:
                 autocast(teacher.model, device, in_eval=True)
         if compile != "off":
+            torch.compiler.reset()  # of the models before in this process, which count towards a limit of eight
             task.compile(mode=compile, dynamic=False)
         if data_parallel.size() > 1:
             task.prepare_distributed([device] if device.type == "cuda" else None, broadcast_buffers=False)
@@ -141,12 +145,6 @@ def autocast(model: nn.Module, device: torch.device, in_eval: bool = False) -> N
             return forward(x).float()
 
     model.forward = forward_in_bf16
-
-
-def computes_bf16(device: str) -> bool:
-    """Whether bfloat16 is faster than float32: on a GPU, and on a CPU with instructions for it."""
-    capabilities = torch.cpu.get_capabilities()
-    return device == "cuda" or any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 @functools.cache

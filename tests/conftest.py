@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 import common
-import training
 
 ROOT = Path(common.__file__).parent
 ROWS = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
@@ -22,7 +21,6 @@ ROWS = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
 @pytest.fixture(autouse=True)
 def quiet_and_seeded(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.setattr(training, "computes_bf16", lambda device: False)  # the same on every machine
     common.seed_everything(0, 0)
     common._shared_dataset.cache_clear()
 

@@ -59,6 +59,12 @@ def epoch_on_fake_gpu(row: str, tmp_path, monkeypatch, **settings) -> tuple[int,
                 done.append(real(*batch))
                 return done[-1]
 
+            def is_channels_last(module, inputs):
+                assert inputs[0].is_contiguous(memory_format=torch.channels_last), module
+
+            for module in trainer.model.modules():
+                if isinstance(module, torch.nn.Conv2d):
+                    module.register_forward_pre_hook(is_channels_last)
             monkeypatch.setattr(trainer, "step", step)
             assert {tensor.device for tensor in trainer.model.state_dict().values()} == {GPU}
             with tqdm(disable=True) as bar, pytest.raises(DataDependentOutputException):

@@ -19,7 +19,7 @@ from torch import nn
 import common
 import training
 from augmentation import CutMix
-from training import Trainer, can_compile, computes_bf16
+from training import Trainer, can_compile
 
 sys.path.insert(0, str(Path(common.__file__).parent / "benchmarks"))
 import new_gpu
@@ -193,21 +193,11 @@ def test_auto_compiles_only_what_pays(monkeypatch):
         return trainer.compile, trainer.precision
 
     monkeypatch.setattr(training, "can_compile", lambda device: True)
-    monkeypatch.setattr(training, "computes_bf16", lambda device: False)
     assert chosen(499_999) == ("off", "fp32") and chosen(500_000) == ("default", "fp32")
-    monkeypatch.setattr(training, "computes_bf16", lambda device: True)
-    assert chosen(10**9) == ("off", "bf16") and chosen(10**9, precision="fp32") == ("default", "fp32")
+    assert chosen(10**9, precision="bf16") == ("off", "bf16")
     monkeypatch.setattr(training, "can_compile", lambda device: False)
-    assert chosen(10**9, precision="fp32")[0] == "off"
+    assert chosen(10**9)[0] == "off"
     assert chosen(0, compile="default", precision="bf16") == ("default", "bf16")
-
-
-def test_bf16_is_what_a_cpu_has_instructions_for(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "avx512_bf16": False})
-    assert computes_bf16("cuda") and not computes_bf16("cpu")
-    for name in ("avx512_bf16", "amx_bf16"):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {"avx512_f": True, name: True})
-        assert computes_bf16("cpu")
 
 
 def test_a_compiler_that_fails_is_noticed_and_named(monkeypatch, capsys):
