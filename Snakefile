@@ -18,7 +18,7 @@ sys.path.insert(0, workflow.basedir)
 import common
 from command_line import parse as parse_flags  # `parse` is a name of Snakemake's own, as `report` is
 from rows import sort_into_rows
-from run_files import UserError
+from run_files import HALF, UserError
 
 OWN = {"seeds", "variants", "jobs_per_gpu"}
 config.update({name: value == "true" for name, value in config.items() if value in ("true", "false")})
@@ -33,6 +33,8 @@ def flag(name, value):
 
 
 FLAGS = [word for name, value in config.items() if name not in OWN for word in flag(name, value)]
+if not str(config.get("seeds", 3)).isdecimal() or "seed" in config:
+    raise WorkflowError("--config: seeds is a number, how many seeds to run from 0 on")
 SEEDS = range(int(config.get("seeds", 3)))
 ONE_GPU = [sys.executable, str(common.ROOT / "one_gpu.py"), str(config.get("jobs_per_gpu", 1))]
 WEIGHTS, PROBABILITIES = "model.safetensors", "probabilities.npz"
@@ -51,11 +53,19 @@ def configured(row, variant=""):
 
 
 def needed(run):
-    """The files of other runs that this one reads."""
-    for setting, file in NEEDED.items():
-        rows = getattr(run.cfg, setting, ())
-        for row in [rows] if isinstance(rows, str) else rows:
-            yield f"{row if Path(row, file).is_file() else configured(row)[1]}/{file}"
+    """The files of other runs that this one reads, for its seed: where only those in half precision are there, as in
+    published results, these."""
+    def files(wildcards):
+        for setting, file in NEEDED.items():
+            rows = getattr(run.cfg, setting, ())
+            for row in [rows] if isinstance(rows, str) else rows:
+                named = Path(row, "result.json").is_file()
+                folder = Path(row if named else configured(row)[1].format(seed=wildcards.seed))
+                names = [name for name in (file, HALF[file]) if (folder / name).is_file()]
+                finished = (folder / "result.json").is_file() and run.cfg.teacher_from == "results"
+                yield str(folder / (names[0] if names and finished else file))
+
+    return files
 
 
 try:
@@ -103,7 +113,7 @@ for (row, flags), (run, path) in JOBS.items():
             re.sub(r"\W+", "_", row + flags)
         input:
             recipe(row),
-            list(needed(run)),
+            needed(run),
         output:
             [f"{path}/{name}" for name in ("result.json", PROBABILITIES, *[WEIGHTS] * hasattr(run.cfg, "lr"))],
         log:

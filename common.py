@@ -24,7 +24,7 @@ import sys
 import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -87,15 +87,15 @@ PROTOCOLS = {
 }
 
 # A type's bound, in words and as a test; `resolve` holds every setting to it.
-Positive = typing.Annotated[float, "greater than 0", lambda v: 0 < v < math.inf]
-NonNegative = typing.Annotated[float, "0 or more", lambda v: 0 <= v < math.inf]
+Positive = typing.Annotated[float, "greater than 0 and below 1e6", lambda v: 0 < v < 1e6]
+NonNegative = typing.Annotated[float, "0 or more and below 1e6", lambda v: 0 <= v < 1e6]
 Count = typing.Annotated[int, "1 or more", lambda v: v >= 1]
 Seed = typing.Annotated[int, "0 or more", lambda v: v >= 0]
 BatchSize = typing.Annotated[int, "2 or more", lambda v: v >= 2]  # batch norm needs two
 EvenBatchSize = typing.Annotated[int, "even and 2 or more", lambda v: v >= 2 and v % 2 == 0]  # mixing pairs images
 Fraction = typing.Annotated[float, "above 0 and at most 1", lambda v: 0 < v <= 1]
 Severity = typing.Annotated[float, "from 0.1 to 10", lambda v: 0.1 <= v <= 10]
-Pixels = typing.Annotated[int, "16 or more", lambda v: v >= 16]
+Pixels = typing.Annotated[int, "from 16 to 1024", lambda v: 16 <= v <= 1024]
 TeacherName = typing.Annotated[str, tyro.conf.arg(aliases=("--teacher-artifact",))]
 
 
@@ -273,9 +273,15 @@ def run_row(row: str, main: Callable, cfg: Config) -> dict[str, Any]:
     """Train or evaluate one row, unless it is finished. Returns what its `result.json` holds."""
     run = Run(row, cfg)
     run.sweep = in_sweep()
-    result = data_parallel.from_first(run.load_result)
-    if cfg.overwrite or result is None:
-        main(run.cfg, run)
+    result = None if cfg.overwrite else data_parallel.from_first(run.load_result)
+    if result is None:
+        try:
+            main(run.cfg, run)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"{run.device} ran out of memory: try a smaller --batch-size, or fewer runs at once; the same command "
+                "goes on after the last finished epoch"
+            ) from None
     elif run.sweep:
         run.report(result)
     return data_parallel.from_first(run.load_result)
@@ -326,6 +332,8 @@ class Run:
         self.sources: list[str] = []  # the teachers or members: folders, or artifacts in W&B
         self.sweep = False  # whether it is the run that a W&B agent asked for, not one that is trained on its way
         self.needed = "result.json"  # the file for want of which it is trained
+        if data_parallel.size() > 1 and self.cfg.dataset == "folder":
+            _ = self.data  # read by all processes now: later the first one may ask alone, and would wait for the others
 
     @functools.cached_property
     def data(self) -> Dataset:
@@ -355,6 +363,8 @@ class Run:
         Raises:
             UserError: no such row, or trained on other classes or images.
         """
+        if not rows:
+            raise UserError("--teachers takes one row or more")
         files = self._finished(rows, "model.safetensors")
         self.teachers = [sha256(file) for file in files]
         return Teacher(*(self._load_model(file) for file in files))
@@ -409,15 +419,9 @@ class Run:
             print(f"resuming after epoch {len(state['history'])} of {cfg.epochs}")
         done, hidden = len(state["history"]), data_parallel.rank() > 0 or None
         bar = tqdm(total=cfg.epochs * n, initial=done * n, unit="img", unit_scale=True, disable=hidden)
-        try:
-            with bar, tracker:
-                for epoch in range(len(state["history"]) + 1, cfg.epochs + 1):
-                    predictions = self._epoch(trainer, augment, epoch, state, bar, tracker)
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"{self.device} ran out of memory at --batch-size {cfg.batch_size}: try a smaller one, or fewer runs "
-                "at once; the same command goes on after the last finished epoch"
-            ) from None
+        with bar, tracker:
+            for epoch in range(len(state["history"]) + 1, cfg.epochs + 1):
+                predictions = self._epoch(trainer, augment, epoch, state, bar, tracker)
         if predictions is None:  # killed between the last epoch and its result
             predictions, _, _ = self._evaluate(model)
         first = data_parallel.rank() == 0  # which writes
@@ -519,7 +523,10 @@ class Run:
                 f"{what} at step {step + 1} of epoch {epoch}, at learning rate {lr:g}: try a smaller --lr{good}"
             )
         if outputs:
-            outputs.save()
+            try:
+                outputs.save()
+            except OSError as error:  # it would have saved time, no more
+                print(f"warning: teachers' outputs are not shared: {error}", file=sys.stderr)
         sizes = torch.tensor([len(index) for index in batches])
         means = {name: value.item() / sizes.sum().item() for name, value in parts.items()}
         return {"train_loss": float(losses.cpu() @ sizes.float() / sizes.sum()), **means}
@@ -556,15 +563,17 @@ class Run:
         own = torch.cat(logits).softmax(1).cpu().split(batch_size) if logits else ()
         return torch.cat(data_parallel.gather(own))
 
-    def load_result(self) -> dict[str, Any] | None:
-        """What `result.json` holds, or None if the run is not finished.
+    def load_result(self, path: Path | None = None) -> dict[str, Any] | None:
+        """What `result.json` holds, in this run's folder or in another one of the same run. None if the run is not
+        finished; while there is a checkpoint, it is being trained again.
 
         Raises:
             UserError: the result is damaged, or was made with other settings or images.
         """
-        if not (self.path / "result.json").is_file():
+        path = path or self.path
+        if not (path / "result.json").is_file() or (path / checkpoint.NAMES[0]).is_file():
             return None
-        result = read_result(self.path)
+        result = read_result(path)
         fingerprint = self.data.fingerprint if self.cfg.dataset == "folder" else result["fingerprint"]
         self._check_identity(result["settings"], result["fingerprint"], fingerprint)
         return result
@@ -580,35 +589,32 @@ class Run:
 
     def _finished(self, rows: Sequence[str], needed: str) -> list[Path]:
         """The file `needed` of finished runs of these rows on this run's data."""
-        for row in rows:
+        for row in rows:  # a wrong name is found before any row is trained
             if not ARTIFACT.fullmatch(row) and not (Path(row) / "result.json").is_file():
-                load_recipe(row)  # a wrong name is found before any row is trained
+                trains = issubclass(config_type(load_recipe(row)), TrainConfig)
+                if needed == "model.safetensors" and not trains:
+                    raise UserError(f"{row} has no model that could teach: it averages those of other rows")
         return [self._finish_row(row, needed) for row in rows]
 
     def _finish_row(self, row: str, needed: str) -> Path:
-        """The same for one row: its own file, else its half-precision one, else it is trained."""
+        """The same for one row, which is trained if need be."""
         artifact = ARTIFACT.fullmatch(row)
-        file = Path(fetch_artifact(row, self.cfg.results_dir / "artifacts") if artifact else row, needed)
-        if not artifact and not (file.parent / "result.json").is_file():
+        folder = fetch_artifact(row, self.cfg.results_dir / "artifacts") if artifact else Path(row)
+        if artifact or (folder / "result.json").is_file():
+            files = (folder / needed, folder / HALF[needed])
+            file = next(filter(Path.is_file, files), files[0])
+        else:
             main = load_recipe(row)
             handed_on = {field.name: getattr(self.cfg, field.name) for field in dataclasses.fields(Config)}
             run = Run(row, config_type(main)(**{**handed_on, "overwrite": False}))
-
-            def found() -> Path:
-                file = run.path / needed
-                if run.load_result() is None or not file.is_file():
-                    file = run.published_file(needed) or file
-                return file
-
-            def to_train() -> bool:
-                return file.parent == run.path and (run.load_result() is None or not file.is_file())
-
-            file = data_parallel.from_first(found)
-            if data_parallel.from_first(to_train):
+            file = data_parallel.from_first(lambda: run.find(needed))
+            if file is None:
                 print(f"{self.row} needs {row}, which is not in {run.path} yet: training it first")
-                run.needed = needed
+                run.needed, file = needed, run.path / needed
                 main(run.cfg, run)  # not run_row: a result whose files are gone stays until the new one is whole
                 print(f"{row} is finished: back to {self.row}")
+            elif file.parent != run.path:
+                print(f"{self.row} takes {row} as published, from {file.parent} (--teacher-from train trains it)")
         path, result = file.parent, read_result(file.parent)
         if not file.is_file():
             raise UserError(f"{row if artifact else path} has a result.json but no {needed}")
@@ -626,12 +632,15 @@ class Run:
         self.sources.append(row if artifact else str(path))
         return file
 
-    def published_file(self, needed: str) -> Path | None:
-        """The half-precision file that stands in for `needed`, in this run's folder or among the published results."""
+    def find(self, needed: str) -> Path | None:
+        """This run's file that others need: its own, else the half-precision one that stands in for it, here or among
+        the published results. None if the run has to be trained for it."""
+        files = [self.path / needed, self.path / HALF[needed]] if self.load_result() else []
+        published = RESULTS / self.path.relative_to(self.cfg.results_dir)
+        with suppress(UserError):  # published with settings or images that are not this run's
+            files += [published / HALF[needed]] if self.load_result(published) else []
         if self.cfg.teacher_from == "train":
-            return None
-        folders = (self.path, RESULTS / self.path.relative_to(self.cfg.results_dir))
-        files = [folder / HALF[needed] for folder in folders if (folder / "result.json").is_file()]
+            files = [file for file in files if file.name == needed]
         return next(filter(Path.is_file, files), None)
 
     def _load_model(self, file: Path) -> nn.Module:
@@ -774,7 +783,7 @@ def hardware(device: torch.device) -> str:
 def versions() -> dict[str, str | None]:
     """What the numbers depend on: interpreter, libraries, and the commit (`+` where files differ from it). Where the
     code is no repository, as in a copy on another machine, GIT_COMMIT may say which commit it is."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--match=", "--dirty=+"]
+    git = ["git", "-C", str(ROOT), "--git-dir", ".git", "describe", "--always", "--abbrev=40", "--match=", "--dirty=+"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):

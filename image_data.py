@@ -215,7 +215,7 @@ def _read_folder(name: str, data_dir: Path, image_size: int) -> Dataset:
                 file, labels[i] = reader[i]
                 with file, Image.open(file) as image:
                     image = image.convert("RGB")
-            except OSError as error:
+            except (OSError, SyntaxError, ValueError) as error:  # PIL raises each of them for damaged files
                 raise UserError(f"cannot read the image {data_dir / split / reader.filename(i)}: {error}") from None
             if image.size != (image_size, image_size):
                 image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)

@@ -296,7 +296,7 @@ def fetch_artifact(name: str, folder: Path) -> Path:
         artifact = wandb.Api(timeout=30).artifact(name)
         path = folder / artifact.qualified_name.replace("/", "-").replace(":", "-")
         entries = artifact.manifest.entries
-        for file in HALF:  # nothing else in there is looked at
+        for file in (*HALF, *HALF.values()):  # nothing else in there is looked at
             if file in entries:
                 entries[file].download(str(path))
         with atomic_write(path / "result.json") as file:

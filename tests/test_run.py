@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import THREE_STEPS, Killed, in_epoch, run_row
+from conftest import THREE_STEPS, Killed, die, in_epoch, run_row
 
 import common
 from run_files import UserError, atomic_write, load_probabilities, load_weights
@@ -176,6 +176,58 @@ def test_a_published_teacher_teaches_as_the_one_it_was_made_from(tmp_path, monke
     assert "kd_cutmix needs teacher_cutmix" in capsys.readouterr().out
     assert common.Run("kd_cutmix", common.config_type(common.load_recipe("kd_cutmix"))(
         teacher_from="train")).changes == {}  # fmt: skip
+
+
+def test_published_files_are_taken_by_their_folder_too(tmp_path):
+    half_teacher(tmp_path / "a", tmp_path / "published")
+    folder = str(next((tmp_path / "published").rglob("result.json")).parent)
+    assert run_row("kd_cutmix", tmp_path / "b", teacher=folder)[0]["sources"] == [folder]
+    run_row("teacher_ensemble", tmp_path / "b", members=(folder,), weights=(1.0,))
+
+
+def test_a_teacher_published_with_other_settings_is_not_taken(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "published")
+    half_teacher(tmp_path / "a", tmp_path / "published")
+    file = next((tmp_path / "published").rglob("result.json"))
+    result = json.loads(file.read_text())
+    result["settings"]["lr"] = 0.7
+    file.write_text(json.dumps(result))
+    result, _ = run_row("kd_cutmix", tmp_path / "b")
+    assert "kd_cutmix needs teacher_cutmix" in capsys.readouterr().out
+    assert result["sources"][0].startswith(str(tmp_path / "b"))
+
+
+def test_overwrite_is_the_way_out_that_it_is_said_to_be(tmp_path):
+    _, path = run_row("student_baseline", tmp_path)
+    result = json.loads((path / "result.json").read_text())
+    for damage in ({**result, "settings": {**result["settings"], "lr": 0.7}}, []):
+        (path / "result.json").write_text(json.dumps(damage))
+        with pytest.raises(UserError):
+            run_row("student_baseline", tmp_path)
+        again, _ = run_row("student_baseline", tmp_path, overwrite=True)
+        assert again["last"] == result["last"]
+
+
+def test_a_teacher_killed_while_it_is_trained_again_goes_on(tmp_path, monkeypatch, capsys):
+    """Its old result is there and its new weights are not the old ones."""
+    _, path = run_row("teacher_cutmix", tmp_path)
+    (path / "model.safetensors").unlink()
+    result = json.loads((path / "result.json").read_text())
+    result["files"] = dict.fromkeys(result["files"], "as on other hardware")
+    (path / "result.json").write_text(json.dumps(result))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(common.Run, "_finish", lambda *args: die())
+        run_row("kd_cutmix", tmp_path, teacher_from="train")
+    assert (path / "model.safetensors").is_file()
+    run_row("kd_cutmix", tmp_path)
+    assert capsys.readouterr().out.count("resuming after epoch 1 of 1") == 1
+
+
+def test_processes_that_run_together_read_a_folder_before_one_asks_alone(tmp_path, image_folder, monkeypatch):
+    monkeypatch.setattr(common.data_parallel, "size", lambda: 2)
+    monkeypatch.setattr(common.data_parallel, "barrier", lambda: None)
+    cfg = common.TrainConfig(protocol="smoke", dataset="folder", data_dir=image_folder, results_dir=tmp_path)
+    assert "data" in vars(common.Run("student_baseline", cfg))
 
 
 def test_what_is_evaluated_is_float32_whatever_a_run_trains_in(tmp_path, monkeypatch):

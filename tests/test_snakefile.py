@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, ROWS
 
 import one_gpu
+from run_files import HALF
 
 STUDENTS = {"kd_vanilla", "kd_mixup", "kd_cutmix", "kd_cutout", "kd_augmix"}
 FROM_CUTMIX = {"kd_cutmix", "kd_ensemble_add_loss", "kd_ensemble_avg_loss", "kd_ensemble_avg_softmax"}
@@ -113,6 +114,18 @@ def test_results_without_weights_are_results(snakemake, built):
     Path("results/smoke/kd_cutmix/seed1/result.json").unlink()
     jobs = planned(snakemake("-n"))
     assert jobs == dict.fromkeys({"table", *ROWS} - {"student_baseline"}, 1)
+
+
+def test_published_files_are_built_upon(snakemake, built):
+    """In half precision: where only they are there, nobody trains a teacher again, over its published result."""
+    for file in built:
+        if file.suffix in {".safetensors", ".npz"}:
+            file.rename(file.with_name(HALF[file.name]))
+    Path("results/smoke/kd_cutmix/seed1/result.json").unlink()
+    Path("results/smoke/student_ensemble/seed1/result.json").unlink()
+    assert planned(snakemake("-n")) == {"table": 1, "kd_cutmix": 1, "student_ensemble": 1}
+    jobs = planned(snakemake("-n", config="seeds=2 teacher_from=train"))
+    assert jobs["teacher_cutmix"] == 1
 
 
 @pytest.mark.slow
