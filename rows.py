@@ -17,7 +17,7 @@ from run_files import UserError, atomic_write, load_probabilities, read_publishe
 
 CHOICES = ("best", "last", "selected")
 PUBLISHED = ("accuracy", "ece", "oe")
-CHANCE = {"accuracy": 0.005, "ece": 0.015, "oe": 0.015, "ece_15": 0.015}  # what one seed's difference may be by chance
+CHANCE = {"accuracy": 0.005, "ece": 0.015, "oe": 0.015}  # what one seed's difference may be by chance
 FURTHER = {
     "ece_15": "ECE, 15 bins",
     "adaptive_ece": "adaptive ECE",
@@ -79,10 +79,10 @@ def read_run(path: Path) -> Run:
 
 def trained_on(result: dict[str, Any]) -> str:
     """How much a run, or an ensemble's members, trained."""
-    images = result["settings"]["train_size"]
-    return (
-        f"{result['settings']['epochs']} epochs on {f'{images:,} images' if images else 'all'} of {result['dataset']}"
-    )
+    settings = result["settings"]
+    images = f"{settings['train_size']:,} images" if settings["train_size"] else "all"
+    images += f" but {settings['val_size']:,}" if settings.get("val_size") and images == "all" else ""
+    return f"{settings['epochs']} epochs on {images} of {result['dataset']}"
 
 
 def file_bytes(path: Path) -> bytes:
@@ -213,7 +213,7 @@ class Row:
         return values and statistics.fmean(value for pair in values for value in pair)
 
     def difference(self, choice: str, metric: str) -> tuple[float, bool] | None:
-        """Ours less the published number, and whether that is more than chance explains."""
+        """Ours minus the published number, and whether that is `beyond_chance`."""
         ours, theirs = self.statistic(choice, metric), self.published.get(metric)
         if ours is None or theirs is None:
             return None
@@ -249,3 +249,13 @@ def sort_into_rows(runs: Iterable[Run], comparable: bool = True) -> tuple[list[R
         same[0].runs.append(run)
     table = [row for row in table if row.runs or row.published or not row.changes]  # variants are there to be compared
     return table, sorted(others, key=lambda row: (row.row, row.label))
+
+
+def as_published(table: Sequence[Row]) -> list[Row]:
+    """A line for each row of the published table, without variants: where the row has runs with held-out images only,
+    the line of these."""
+    lines: dict[str, Row] = {}
+    for row in table:
+        if row.changes.keys() <= {"val_size"} and not (row.row in lines and lines[row.row].runs):
+            lines[row.row] = row
+    return list(lines.values())

@@ -280,6 +280,9 @@ def test_readme_shows_the_highest_protocol_and_nothing_else_changes(tmp_path, re
     assert not (results / "paper" / "table.md").exists()
 
     shutil.rmtree(results / "paper")
+    make_run(results, "my_row", protocol="paper", dataset="folder")  # nobody's table, but one of own images
+    run(results, readme=readme)
+    assert "Protocol `short`" in readme.read_text()
     shutil.rmtree(results / "short")
     run(results, readme=readme)
     assert "The published numbers" in readme.read_text()
@@ -287,6 +290,24 @@ def test_readme_shows_the_highest_protocol_and_nothing_else_changes(tmp_path, re
     readme.write_text("no markers\n")
     assert run(results, readme=readme) == 0
     assert readme.read_text() == "no markers\n" and "left as it is" in capsys.readouterr().err
+
+
+def test_a_table_with_held_out_images_is_a_table(tmp_path):
+    for row in ("teacher_baseline", "teacher_cutmix"):
+        for seed in (0, 1):
+            folder = make_run(tmp_path, row, seed, changes={"val_size": 5000}, protocol="short")
+            result = json.loads((folder / "result.json").read_text())
+            result["settings"]["val_size"] = 5000
+            result |= {"precision": "bf16", "processes": 1 + seed, "versions": {"commit": "0123456789"}}
+            (folder / "result.json").write_text(json.dumps(result))
+    assert run(tmp_path) == 0
+    text = (tmp_path / "short" / "table.md").read_text()
+    assert (
+        "2 of 16 rows are there, 4 epochs on all but 5,000 of cifar100, run on abacus, bf16 and abacus, bf16, 2" in text
+    )
+    assert "2 processes; commit 0123456." in text
+    assert "Does augmentation calibrate the teacher?" in text
+    assert (tmp_path / "short" / "figures" / "reliability_teachers.png").is_file()
 
 
 def test_where_runs_are_not_comparable_the_published_numbers_are_left_out(tmp_path, capsys):
@@ -396,7 +417,7 @@ def test_no_text_overlaps_in_the_figures(tmp_path):
 def test_bins_of_too_few_images_are_not_drawn_as_an_accuracy(tmp_path):
     folder = make_run(tmp_path, "kd_cutmix")
     counts = [0] * 100
-    counts[30], counts[60], counts[97] = figures.FEWEST - 1, figures.FEWEST, 181
+    counts[30], counts[60], counts[97] = figures.FEW - 1, figures.FEW, 181
     lines = [f"{n},0.5,{(i + 0.5) / 100}" for i, n in enumerate(counts)]
     (folder / "reliability.csv").write_text("\n".join(["count,accuracy,confidence", *lines]))
     rows = [row for row in rows_of(tmp_path) if row.runs]
