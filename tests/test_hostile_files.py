@@ -16,7 +16,7 @@ from conftest import run_row
 
 import checkpoint
 import common
-from run_files import UserError, load_probabilities, load_weights, read_result
+from run_files import HALF, UserError, load_probabilities, load_weights, read_result
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,7 @@ def test_a_finished_run_whose_files_were_damaged_is_noticed(name, use, teacher, 
     with pytest.raises(UserError, match=rf"{name} is damaged.*: delete it, and student_baseline is trained again"):
         use(teacher, tmp_path)
     (teacher / name).unlink()
+    (teacher / HALF[name]).unlink()
     with pytest.raises(UserError, match=f"has a result.json but no {name}"):  # a folder is not a row to train
         use(teacher, tmp_path)
 
