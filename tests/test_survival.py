@@ -270,7 +270,7 @@ def test_two_students_at_once_train_their_teacher_once(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_at_once(tmp_path):
     message = r"the loss is (nan|inf) at step \d of epoch 1, at learning rate 900000: try a smaller --lr$"
     with pytest.raises(UserError, match=message):
-        run_row("student_baseline", tmp_path, lr=9e5, epochs=3, batch_size=32)
+        run_row("student_baseline", tmp_path, lr=9e5, momentum=9e5, weight_decay=9e5, epochs=3, batch_size=32)
     assert not list(tmp_path.glob("smoke/*/seed*"))
 
 
