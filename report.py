@@ -382,7 +382,7 @@ def main(cfg: Config) -> int:
     if cfg.protocol and cfg.protocol not in found:
         raise UserError(
             f"no results of protocol {cfg.protocol} in {cfg.results_dir} (found: {', '.join(found) or 'none'}): "
-            f"run a row first, for example uv run recipes/teacher_baseline.py --protocol {cfg.protocol}"
+            "give one of these, or run a row with it first"
         )
     if cfg.check and cfg.recompute:
         raise UserError("--check writes nothing and --recompute does: give one of them")

@@ -252,10 +252,10 @@ def sort_into_rows(runs: Iterable[Run], comparable: bool = True) -> tuple[list[R
 
 
 def as_published(table: Sequence[Row]) -> list[Row]:
-    """A line for each row of the published table, without variants: where the row has runs with held-out images only,
-    the line of these."""
-    lines: dict[str, Row] = {}
-    for row in table:
-        if row.changes.keys() <= {"val_size"} and not (row.row in lines and lines[row.row].runs):
-            lines[row.row] = row
-    return list(lines.values())
+    """A line for each row of the published table, without variants: those with held-out images where no run is without,
+    for the two have not trained on the same images."""
+    plain = [row for row in table if not row.changes]
+    if any(row.runs for row in plain):
+        return plain
+    held_out = {row.row: row for row in reversed(table) if row.changes.keys() == {"val_size"}}
+    return [held_out.get(row.row, row) for row in plain]

@@ -44,9 +44,9 @@ class Trainer:
             that resumes goes on with the same arithmetic.
         compile: a mode of `torch.compile`, or `off`; its results are cached between runs.
         precision: `bf16` is autocast, for all models of the task while they train or teach. Losses are always computed
-            in float32, and so is the trained model in eval mode. `auto` takes `bf16` on a GPU that has
-            it; on a CPU, where it can be faster too, torch 2.11 has a wrong gradient: see docs/scaling.md. The
-            convolutions of `fp32` are TF32 on a GPU, which is torch's default.
+            in float32, and so is the trained model in eval mode. `auto` takes `bf16` on a GPU that has it; on a CPU,
+            where it can be faster too, torch 2.11 has a wrong gradient: docs/scaling.md. The convolutions of `fp32` are
+            TF32 on a GPU, which is torch's default.
         deterministic: only operations that give the same bits every time, for the whole process.
 
     Attributes:

@@ -293,7 +293,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
     assert (folder / checkpoint.NAMES[0]).read_bytes() == before
 
 
-def test_out_of_memory_names_the_batch_size(tmp_path, monkeypatch):
+def test_out_of_memory_names_the_flag(tmp_path, monkeypatch):
     def step(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
