@@ -200,6 +200,20 @@ def test_auto_compiles_only_what_pays(monkeypatch):
     assert chosen(0, compile="default", precision="bf16") == ("default", "bf16")
 
 
+def test_each_run_of_a_process_is_compiled(monkeypatch):
+    """Dynamo compiles one function for so many models and then stays eager, which student_ensemble would come to."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, backend, mode, **kwargs: real(model, backend="eager", **kwargs))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    inputs, targets = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
+    for width in range(1, 5):
+        model = nn.Sequential(nn.Conv2d(3, width, 8), nn.Flatten(), nn.Linear(width, 10))
+        task = ClassificationTask(model, nn.CrossEntropyLoss())
+        hyper = dict(lr=0.1, momentum=0.9, weight_decay=0.0)
+        assert Trainer(task, torch.device("cpu"), 1, **hyper, compile="default").step(inputs, targets).isfinite()
+
+
 def test_a_compiler_that_fails_is_noticed_and_named(monkeypatch, capsys):
     def fail(function):
         raise RuntimeError("fatal error: Python.h: No such file or directory")
