@@ -12,6 +12,7 @@ import socket
 import sys
 import tempfile
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data import create_dataset
 from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from run_files import UserError, alone, atomic_write
@@ -75,10 +76,11 @@ class Dataset:
         return dataclasses.replace(self, train_images=self.train_images[keep], train_labels=self.train_labels[keep])
 
     def hold_out(self, size: int, seed: int) -> "Dataset":
-        """The same dataset with `size` training images held out for validation: drawn by `seed`, classes in proportion.
+        """The same dataset with `size` training images held out for validation: drawn by `seed`, classes in proportion,
+        so that of a rare one there may be none.
 
         Raises:
-            UserError: there are fewer images, or classes that would have none on either side.
+            UserError: there are fewer images than that, or classes that would have none left to train on.
         """
         from sklearn.model_selection import train_test_split
 
@@ -87,10 +89,12 @@ class Dataset:
             train, val = train_test_split(
                 np.arange(len(labels)), test_size=size, stratify=labels.cpu().numpy(), random_state=seed
             )
+            if len(labels[train].unique()) < len(self.classes):
+                raise ValueError
         except ValueError:
             raise UserError(
-                f"--val-size {size} cannot be held out: {len(labels)} training images of {len(self.classes)} classes "
-                "have to leave at least one a class for either side"
+                f"--val-size {size} cannot be held out of {len(labels)} training images: every class has to keep one "
+                f"to train on, and either side needs as many images as there are classes, {len(self.classes)}"
             ) from None
         train, val = (torch.from_numpy(index).sort().values for index in (train, val))
         return dataclasses.replace(
@@ -115,7 +119,7 @@ def load_dataset(name: str, data_dir: Path, image_size: int = 32) -> Dataset:
     is_folder = (data_dir / "train").is_dir() and (data_dir / "test").is_dir()
     if name == "folder" and not is_folder:
         raise UserError(
-            f"no images in {data_dir}: it should hold train/<class>/*.png and test/<class>/*.png (--data-dir)"
+            f"no images in {data_dir}: it should hold train/<class>/<image> and test/<class>/<image> (--data-dir)"
         )
     if not is_folder and not (data_dir / "cifar-100-python").is_dir():
         _download_cifar100(data_dir)
@@ -139,15 +143,21 @@ def load_dataset(name: str, data_dir: Path, image_size: int = 32) -> Dataset:
     return dataset
 
 
+def _files(root: Path) -> list[str]:
+    """All files below a folder, behind links too, in order. Not the hidden ones that macOS and notebooks leave."""
+    found = []
+    for parent, folders, files in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.join(parent, name) for name in files if not name.startswith(".")]
+    return sorted(found)
+
+
 def _listing(root: Path, folders: list[str]) -> str:
     """Hash of names, sizes and times of all files: changes when the images may have."""
     digest = hashlib.sha256()
-    for folder in folders:
-        for parent, subfolders, files in os.walk(root / folder):
-            subfolders.sort()
-            for file in sorted(os.scandir(parent), key=lambda entry: entry.name) if files else ():
-                stat = file.stat()
-                digest.update(f"{os.path.relpath(file.path, root)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    for file in (file for folder in folders for file in _files(root / folder)):
+        stat = os.stat(file)
+        digest.update(f"{os.path.relpath(file, root)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
@@ -199,35 +209,72 @@ def _read_digits() -> Dataset:
     )
 
 
+def read_image(file: str | Path, size: int) -> Tensor:
+    """An image as `--dataset folder` sees it: upright, in RGB, resized and centre-cropped to a square.
+
+    Args:
+        file: in any format that Pillow reads, of 8 bits a channel.
+        size: side in pixels, as the model's --image-size.
+
+    Returns:
+        uint8 (3, size, size); several of them stacked are what `normalize` takes.
+
+    Raises:
+        UserError: the file is damaged, or is no such image.
+    """
+    try:
+        with Image.open(file) as image:
+            if image.mode[0] in "IF":  # what is above 255 would become white
+                raise ValueError(f"its pixels are of mode {image.mode}: convert it to 8 bits a channel")
+            image = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL raises each of them
+        raise UserError(f"cannot read the image {file}: {error}") from None
+    if image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _find_images(root: Path) -> dict[str, list[str]]:
+    """The image files of each class. What is no image is counted in a warning.
+
+    Raises:
+        UserError: no images, or some that are not in a class's folder.
+    """
+    files, classes, skipped = _files(root), {}, Counter()
+    for file in files:
+        folder, *rest = os.path.relpath(file, root).split(os.sep)
+        suffix = os.path.splitext(file)[1].lower()
+        if suffix not in IMG_EXTENSIONS:
+            skipped[suffix or "without a suffix"] += 1
+        elif len(rest) == 1:
+            classes.setdefault(folder, []).append(file)
+        else:
+            raise UserError(f"{file} is not in the folder of a class: {root} should hold <class>/<image> (--data-dir)")
+    if not classes:
+        raise UserError(f"no images in {root}: it should hold <class>/<image> (--data-dir)")
+    if skipped:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in skipped.most_common())
+        print(f"warning: of the files in {root} these are not read as images: {kinds}", file=sys.stderr)
+    return dict(sorted(classes.items()))
+
+
 def _read_folder(name: str, data_dir: Path, image_size: int) -> Dataset:
-    splits, class_maps = [], []
-    for split in ("train", "test"):
-        try:
-            reader = create_dataset(
-                "", root=str(data_dir), split=split
-            ).reader  # the reader: the dataset skips bad files
-        except RuntimeError:
-            raise UserError(f"no images in {data_dir / split}: it should hold <class>/*.png (--data-dir)") from None
-        images = np.empty((len(reader), image_size, image_size, 3), np.uint8)
-        labels = np.empty(len(reader), np.int64)
-        for i in tqdm(range(len(reader)), f"decoding {split}", unit=" images", disable=None, leave=False):
-            try:
-                file, labels[i] = reader[i]
-                with file, Image.open(file) as image:
-                    image = image.convert("RGB")
-            except (OSError, SyntaxError, ValueError) as error:  # PIL raises each of them for damaged files
-                raise UserError(f"cannot read the image {data_dir / split / reader.filename(i)}: {error}") from None
-            if image.size != (image_size, image_size):
-                image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
-            images[i] = np.asarray(image)
-        splits.append((images, labels))
-        class_maps.append(reader.class_to_idx)
-    if class_maps[0] != class_maps[1]:
-        odd = sorted(class_maps[0].keys() ^ class_maps[1].keys())
+    train, test = (_find_images(data_dir / split) for split in ("train", "test"))
+    if train.keys() != test.keys():
+        odd = sorted(train.keys() ^ test.keys())
         raise UserError(
             f"train and test in {data_dir} differ in their class folders: {', '.join(odd[:5])} (--data-dir)"
         )
-    return _sorted_dataset(name, list(class_maps[0]), splits)
+    splits = []
+    for split, found in (("train", train), ("test", test)):
+        files = [file for files in found.values() for file in files]
+        images = np.empty((len(files), image_size, image_size, 3), np.uint8)
+        for i, file in enumerate(tqdm(files, f"decoding {split}", unit=" images", disable=None, leave=False)):
+            images[i] = read_image(file, image_size).permute(1, 2, 0)
+        splits.append((images, np.repeat(np.arange(len(found)), [len(files) for files in found.values()])))
+    (_, train_labels), (_, test_labels) = splits
+    print(f"{data_dir}: {len(train_labels):,} training and {len(test_labels):,} test images of {len(train)} classes")
+    return _sorted_dataset(name, list(train), splits)
 
 
 def _read_torchvision(data_dir: Path) -> Dataset:
@@ -263,7 +310,7 @@ def _download_cifar100(data_dir: Path) -> None:
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong checksum is a RuntimeError
         raise UserError(
             f"CIFAR-100 is not in {data_dir} and could not be downloaded ({error}): point --data-dir at a folder "
-            "with cifar-100-python/ or {train,test}/<class>/*.png, or try --protocol smoke, which needs no download"
+            "with cifar-100-python/ or {train,test}/<class>/<image>, or try --protocol smoke, which needs no download"
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)

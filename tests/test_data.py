@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR100
 
 import image_data
-from image_data import Dataset, load_dataset
+from image_data import Dataset, load_dataset, read_image
 from run_files import UserError
 
 
@@ -129,7 +129,7 @@ def test_other_images_are_not_cifar100(image_folder):
 
 
 def test_missing_folder_names_itself_and_the_flag(tmp_path):
-    with pytest.raises(UserError, match=r"no images in .*/here.*train/<class>/\*.png.*--data-dir"):
+    with pytest.raises(UserError, match=r"no images in .*/here.*train/<class>/<image>.*--data-dir"):
         load_dataset("folder", tmp_path / "here")
 
 
@@ -220,6 +220,80 @@ def test_splits_with_other_classes(image_folder):
     (image_folder / "test").mkdir()
     with pytest.raises(UserError, match=r"no images in .*/test"):
         load_dataset("folder", image_folder)
+
+
+def test_photos_are_upright_as_their_camera_says(tmp_path):
+    photo = Image.new("RGB", (20, 20), "black")
+    photo.paste("white", (0, 0, 10, 20))  # the left half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: what is stored on the left belongs on top
+    photo.save(tmp_path / "photo.png", exif=exif)
+    image = read_image(tmp_path / "photo.png", 20)
+    assert image.shape == (3, 20, 20) and image.dtype == torch.uint8
+    assert (image[:, :10] == 255).all() and (image[:, 10:] == 0).all()
+
+
+def test_read_image_is_what_a_run_was_trained_on(image_folder):
+    data = load_dataset("folder", image_folder, image_size=16)
+    images = [read_image(file, 16) for file in (image_folder / "train" / "bee").iterdir()]
+    assert {image.numpy().tobytes() for image in images} == {
+        image.numpy().tobytes() for image in data.train_images[data.train_labels == 1]
+    }
+
+
+def test_an_image_of_16_bits_is_refused_for_it_would_be_white(image_folder):
+    Image.fromarray(np.full((20, 24), 30_000, np.uint16)).save(image_folder / "train" / "ant" / "9.png")
+    with pytest.raises(UserError, match=r"train/ant/9.png: its pixels are of mode I;16: convert it to 8 bits"):
+        load_dataset("folder", image_folder)
+
+
+def test_an_image_too_large_to_unpack_is_named(image_folder, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UserError, match=r"cannot read the image .*train/ant/0.png: .*decompression bomb"):
+        load_dataset("folder", image_folder)
+
+
+@pytest.mark.parametrize("place", ["train/stray.png", "train/ant/small/deep.png"])
+def test_an_image_that_lies_in_no_class_is_named(place, image_folder):
+    file = image_folder / place
+    file.parent.mkdir(exist_ok=True)
+    shutil.copy(image_folder / "train" / "ant" / "0.png", file)
+    with pytest.raises(
+        UserError, match=rf"{place} is not in the folder of a class: .*train should hold <class>/<image>"
+    ):
+        load_dataset("folder", image_folder)
+
+
+def test_what_is_no_image_is_counted_and_what_is_hidden_is_not(image_folder, capsys):
+    plain = load_dataset("folder", image_folder)
+    out, err = capsys.readouterr()
+    assert "24 training and 12 test images of 3 classes" in out and not err
+    for name in ("1.gif", "2.GIF", "notes.txt", "README", "._0.png"):
+        (image_folder / "train" / "ant" / name).write_bytes(b"none")
+    (image_folder / "test" / ".checkpoints").mkdir()
+    shutil.copy(image_folder / "train" / "ant" / "0.png", image_folder / "test" / ".checkpoints")
+    assert_equal(load_dataset("folder", image_folder), plain)
+    assert capsys.readouterr().err.rstrip().endswith("not read as images: 2 .gif, 1 without a suffix, 1 .txt")
+
+
+def test_changes_behind_a_link_are_noticed(image_folder, tmp_path):
+    (image_folder / "train" / "ant").rename(tmp_path / "elsewhere")
+    (image_folder / "train" / "ant").symlink_to(tmp_path / "elsewhere")
+    before = load_dataset("folder", image_folder)
+    Image.new("RGB", (20, 24)).save(tmp_path / "elsewhere" / "new.png")
+    after = load_dataset("folder", image_folder)
+    assert (len(before.train_labels), len(after.train_labels)) == (24, 25)
+
+
+def test_a_class_is_never_held_out_whole():
+    labels = torch.tensor([0] * 98 + [1] * 2)
+    images = torch.arange(100 * 3, dtype=torch.uint8).view(100, 3, 1, 1)
+    data = Dataset("few", ("many", "few"), images, labels, images, labels)
+    assert len(data.hold_out(50, 0).val_labels) == 50
+    for seed in range(20):
+        assert (data.hold_out(20, seed).train_labels == 1).any()
+    with pytest.raises(UserError, match="--val-size 90 cannot be held out of 100 training images"):
+        data.hold_out(90, 0)
 
 
 def test_train_subset_is_even_over_the_classes():
