@@ -69,7 +69,7 @@ def needed(run):
 
 
 try:
-    recipes = sorted(path.stem for path in Path(workflow.basedir, "recipes").glob("*.py"))
+    recipes = sorted(path.stem for path in Path(workflow.basedir, "recipes").glob("[!_]*.py"))
     variants = [(line.row, line.flags) for line in sort_into_rows([])[0] if line.changes]
     JOBS = {(row, flags): configured(row, flags) for row, flags in [(row, "") for row in recipes] + variants}
 except UserError as error:

@@ -9,6 +9,7 @@ are: `cifar_models`, `image_data`, `augmentation`, `objectives`, `training`, `da
 
 import bisect
 import dataclasses
+import difflib
 import functools
 import hashlib
 import importlib.util
@@ -64,6 +65,7 @@ from tracking import ARTIFACT, Tracker, fetch_artifact, in_sweep
 from training import Compile, Precision, Trainer
 
 ROOT = Path(__file__).resolve().parent
+RECIPES = ROOT / "recipes"
 RESULTS = ROOT / "results"  # those that came with the code
 
 
@@ -215,11 +217,12 @@ def resolve(cfg: Config) -> Config:
     if cfg.milestones and list(cfg.milestones) != sorted(m for m in cfg.milestones if m <= epochs):
         raise UserError(f"--milestones must rise and end by epoch {epochs}, not {' '.join(map(str, cfg.milestones))}")
     in_proportion = tuple(math.ceil(m * epochs / protocol.epochs) for m in protocol.milestones)
+    dataset = cfg.dataset or protocol.dataset
     decided = {
         "epochs": epochs,
         "milestones": cfg.milestones or in_proportion,
-        "dataset": cfg.dataset or protocol.dataset,
-        "train_size": cfg.train_size or protocol.train_size,
+        "dataset": dataset,
+        "train_size": cfg.train_size or (protocol.train_size if dataset == protocol.dataset else None),
     }
     return dataclasses.replace(cfg, **decided)
 
@@ -271,7 +274,7 @@ def _shared_dataset(
 
 def run_row(row: str, main: Callable, cfg: Config) -> dict[str, Any]:
     """Train or evaluate one row, unless it is finished. Returns what its `result.json` holds."""
-    run = Run(row, cfg)
+    run = Run(row, cfg, main)
     run.sweep = in_sweep()
     result = None if cfg.overwrite else data_parallel.from_first(run.load_result)
     if result is None:
@@ -282,18 +285,23 @@ def run_row(row: str, main: Callable, cfg: Config) -> dict[str, Any]:
                 f"{run.device} ran out of memory: try a smaller --batch-size, or fewer runs at once; the same command "
                 "goes on after the last finished epoch"
             ) from None
-    elif run.sweep:
-        run.report(result)
+    else:
+        print(f"{run.path} was finished before: --overwrite starts it over")
+        run.warn_of_edits(result)
+        if run.sweep:
+            run.report(result)
     return data_parallel.from_first(run.load_result)
 
 
 @functools.cache
 def load_recipe(row: str) -> Callable:
     """The `main` of `recipes/<row>.py`."""
-    path = ROOT / "recipes" / f"{row}.py"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.py")))
+    path = RECIPES / f"{row}.py"
+    if path not in RECIPES.glob("[!_]*.py"):  # not a path to elsewhere either: what it names would be run
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("[!_]*.py")))
         raise UserError(f"there is no recipe {row}: it should be one of {known}, or the folder of a finished run")
+    if str(RECIPES) not in sys.path:  # where a recipe finds what it shares with others, as `recipes/_shared.py`
+        sys.path.append(str(RECIPES))
     spec = importlib.util.spec_from_file_location(f"recipes.{row}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -301,8 +309,17 @@ def load_recipe(row: str) -> Callable:
 
 
 def config_type(main: Callable) -> type[Config]:
-    """The settings a recipe's `main` takes."""
-    return typing.get_type_hints(main)["cfg"]
+    """The settings a recipe's `main` takes.
+
+    Raises:
+        UserError: it does not say so, or they lack `@dataclass`.
+    """
+    config, file = typing.get_type_hints(main).get("cfg"), main.__code__.co_filename
+    if not (isinstance(config, type) and issubclass(config, Config)):
+        raise UserError(f"{file}: main has to name its settings, as in main(cfg: common.TrainConfig, run: common.Run)")
+    if missing := typing.get_type_hints(config).keys() - {field.name for field in dataclasses.fields(config)}:
+        raise UserError(f"{file}: {config.__name__} needs @dataclass(kw_only=True) to have a setting {min(missing)}")
+    return config
 
 
 class Run:
@@ -310,12 +327,14 @@ class Run:
 
     Attributes:
         cfg: the settings, resolved.
+        recipe: the beginning of its file's SHA-256; None where a run is only asked for its files.
         path: the run's folder.
         device: where everything lives.
     """
 
-    def __init__(self, row: str, cfg: Config):
+    def __init__(self, row: str, cfg: Config, main: Callable | None = None):
         self.row, self.cfg = row, resolve(cfg)
+        self.recipe = main and sha256(Path(main.__code__.co_filename))[:12]  # the commit does not tell of one's own
         self.changes = changes(self.cfg)
         self.path = cfg.results_dir / cfg.protocol / row / f"seed{cfg.seed}{variant(self.changes)}"
         for name, folder in (("data_dir", cfg.data_dir), ("results_dir", cfg.results_dir)):
@@ -350,6 +369,9 @@ class Run:
 
     def create_model(self, name: str) -> nn.Module:
         """A fresh timm model for the dataset's classes; its initial weights depend on the seed alone."""
+        if not timm.is_model(name):
+            near = ", ".join(difflib.get_close_matches(name, timm.list_models(), 4)) or "another of timm.list_models()"
+            raise UserError(f"timm knows no model {name}: {near}? One of your own is made known by @register_model")
         seed_everything(self.cfg.seed, 0)
         self.model_name = name
         return timm.create_model(name, num_classes=self.num_classes)
@@ -371,9 +393,7 @@ class Run:
 
     def fit(self, task: TrainingTask, augment: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
         """Train `task.trainable_module`, evaluating it after every epoch, and write the run's folder."""
-        n = len(self.data.train_labels)
-        if n < 2 or ("batch_size" in self.changes and self.cfg.batch_size > n):
-            raise UserError(f"--batch-size must be at most {n}, the number of training images, which must be 2 or more")
+        self._check_can_train()
         with self._turn() as mine:
             if mine:
                 self._train(task, augment)
@@ -389,6 +409,13 @@ class Run:
                 self._average(members, weights)
 
     # How it is done --------------------------------------------------------------------------------------
+
+    def _check_can_train(self) -> None:
+        if not isinstance(self.cfg, TrainConfig):
+            raise UserError(f"{self.row} cannot train: its settings have to extend common.TrainConfig")
+        n = len(self.data.train_labels)
+        if n < 2 or ("batch_size" in self.changes and self.cfg.batch_size > n):
+            raise UserError(f"--batch-size must be at most {n}, the number of training images, which must be 2 or more")
 
     @contextmanager
     def _turn(self) -> Iterator[bool]:
@@ -584,7 +611,8 @@ class Run:
             differ.append("other images")
         if differ:
             raise UserError(
-                f"{self.path} was made with {'; '.join(differ)}: --overwrite it, or choose another --results-dir"
+                f"{self.path} was made with {'; '.join(differ)}: start {self.row} over with --overwrite, or choose "
+                "another --results-dir"
             )
 
     def _finished(self, rows: Sequence[str], needed: str) -> list[Path]:
@@ -594,6 +622,8 @@ class Run:
                 trains = issubclass(config_type(load_recipe(row)), TrainConfig)
                 if needed == "model.safetensors" and not trains:
                     raise UserError(f"{row} has no model that could teach: it averages those of other rows")
+        if needed == "model.safetensors":  # for a student
+            self._check_can_train()
         return [self._finish_row(row, needed) for row in rows]
 
     def _finish_row(self, row: str, needed: str) -> Path:
@@ -606,15 +636,17 @@ class Run:
         else:
             main = load_recipe(row)
             handed_on = {field.name: getattr(self.cfg, field.name) for field in dataclasses.fields(Config)}
-            run = Run(row, config_type(main)(**{**handed_on, "overwrite": False}))
+            run = Run(row, config_type(main)(**{**handed_on, "overwrite": False}), main)
             file = data_parallel.from_first(lambda: run.find(needed))
             if file is None:
                 print(f"{self.row} needs {row}, which is not in {run.path} yet: training it first")
                 run.needed, file = needed, run.path / needed
                 main(run.cfg, run)  # not run_row: a result whose files are gone stays until the new one is whole
                 print(f"{row} is finished: back to {self.row}")
-            elif file.parent != run.path:
-                print(f"{self.row} takes {row} as published, from {file.parent} (--teacher-from train trains it)")
+            else:
+                run.warn_of_edits(read_result(file.parent))
+                if file.parent != run.path:
+                    print(f"{self.row} takes {row} as published, from {file.parent} (--teacher-from train trains it)")
         path, result = file.parent, read_result(file.parent)
         if not file.is_file():
             raise UserError(f"{row if artifact else path} has a result.json but no {needed}")
@@ -623,7 +655,16 @@ class Run:
                 f"{path} knows {len(result['classes'])} classes, not the {self.num_classes} of {self.cfg.dataset}"
             )
         if result["fingerprint"] != self.data.fingerprint:
-            raise UserError(f"{path} was trained on other images than {self.row} is: choose another --results-dir")
+            names, theirs, ours = (
+                ("dataset", "image_size", "train_size", "val_size"),
+                result["settings"],
+                vars(self.cfg),
+            )
+            differ = [f"{_flag(k)} {theirs.get(k)}, not {ours[k]}" for k in names if theirs.get(k) != ours[k]]
+            raise UserError(
+                f"{path} was trained on other images than {self.row} is ({'; '.join(differ) or 'other files'}): name "
+                "another run, or a row to train"
+            )
         if sha256(file) != result["files"].get(file.name):
             raise UserError(
                 f"{file} is damaged, for it is not what result.json describes: delete it, and {result['row']} "
@@ -631,6 +672,16 @@ class Run:
             )
         self.sources.append(row if artifact else str(path))
         return file
+
+    def warn_of_edits(self, result: dict[str, Any]) -> None:
+        """Say so where a finished run was made by other lines than its recipe has now."""
+        recipe = result.get("versions", {}).get("recipe")
+        if recipe not in (None, self.recipe):
+            print(
+                f"warning: the recipe of {self.row} was edited since this was made: start {self.row} over with "
+                "--overwrite, if that changes what it trains",
+                file=sys.stderr,
+            )
 
     def find(self, needed: str) -> Path | None:
         """This run's file that others need: its own, else the half-precision one that stands in for it, here or among
@@ -666,7 +717,7 @@ class Run:
         cfg = self.cfg
         kind = "teacher" if self.row.startswith("teacher_") else "student"
         facts = {"row": self.row, "model": self.model_name, "sources": self.sources}
-        facts |= {"published": published(self.row, self.changes), "versions": versions()}
+        facts |= {"published": published(self.row, self.changes), "versions": self._versions()}
         return Tracker(
             self.path,
             mode=cfg.wandb_mode,
@@ -682,9 +733,12 @@ class Run:
             config={**settings(cfg), **facts},
         )
 
+    def _versions(self) -> dict[str, str | None]:
+        return {**versions(), "recipe": self.recipe}
+
     def _resume(self, trainer: Trainer) -> dict[str, Any]:
         """What the last checkpoint holds, its weights and momenta put in place; or a fresh start."""
-        origin = {**versions(), "hardware": hardware(self.device)}
+        origin = {**self._versions(), "hardware": hardware(self.device)}
         state = data_parallel.from_first(lambda: checkpoint.load(self.path))
         if state is None:
             about = {"settings": settings(self.cfg), "fingerprint": self.data.fingerprint, "origins": [origin]}
@@ -726,6 +780,12 @@ class Run:
             arrays["val"], arrays["val_labels"] = choices["selected"]["val_probabilities"], self.data.val_labels
         arrays = {name: tensor.cpu() for name, tensor in arrays.items()}  # a resumed run has them on the device
         scores = scores_of_run(arrays)
+        if unfitted := [name for name in scores if 1.0 in scores[name]["temperatures"]]:
+            print(
+                f"warning: the `scaled` metrics of {', '.join(unfitted)} are at temperature 1: none can be fitted "
+                "where every image is classified right, or hardly more are than by chance",
+                file=sys.stderr,
+            )
         metrics, epoch = calibration_metrics(arrays["best"], arrays["labels"]), choices["best"]["epoch"]
         with atomic_write(self.path / "probabilities.npz") as file:
             np.savez_compressed(file, **arrays)
@@ -747,7 +807,7 @@ class Run:
             "published": published(self.row, self.changes),
             **speed,
             "hardware": hardware(self.device),
-            "versions": versions(),
+            "versions": self._versions(),
             "earlier_versions": list(earlier),
             "files": {name: sha256(self.path / name) for name in NEEDED_LATER if (self.path / name).is_file()},
             "settings": settings(self.cfg),
@@ -812,7 +872,8 @@ def summary(result: dict[str, Any], path: Path) -> str:
     lines = [f"{result['row']}, protocol {result['protocol']}, seed {result['seed']}, {result['dataset']}"]
     lines.append(f"{'':22}{'accuracy':>10}{'ECE':>9}{'OE':>9}")
     for name in ("published", "best", "last", "selected"):
-        if numbers := result.get(name):
+        numbers = result.get(name)
+        if numbers and (name, result["dataset"]) != ("published", "folder"):
             epoch = numbers.get("best_epoch") or numbers.get("epoch")
             label = name + (f" (epoch {epoch:.0f})" if epoch else "")
             if name == "published" and result["dataset"] != "cifar100":

@@ -99,11 +99,17 @@ def test_temperature_from_stored_float32_is_that_from_float64(predicted):
     assert fit_temperature(p.float(), labels) == pytest.approx(fit_temperature(p, labels), rel=1e-5)
 
 
-def test_temperature_stays_in_bounds_where_there_is_no_minimum():
+@pytest.mark.parametrize("labels", [[0, 1], [1, 0]])
+def test_without_a_minimum_the_temperature_is_left_alone(labels):
+    """All right, where the least NLL would make a certainty of every prediction; or all wrong."""
     p = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
-    assert fit_temperature(p, torch.tensor([0, 1])) == 0.01  # all right: the sharper the better
-    assert fit_temperature(p, torch.tensor([1, 0])) == 100  # all wrong: the flatter the better
-    assert 1 < fit_temperature(torch.eye(2)[[0, 1, 0]], torch.tensor([0, 1, 1])) <= 100  # probabilities of 0 and 1
+    assert fit_temperature(p, torch.tensor(labels)) == 1
+
+
+def test_temperature_of_certainties_is_found():
+    """Two right of three: softmax((0, log tiny) / T) should be (2 / 3, 1 / 3)."""
+    expected = -math.log(torch.finfo(torch.float32).tiny) / math.log(2)
+    assert fit_temperature(torch.eye(2)[[0, 1, 0]], torch.tensor([0, 1, 1])) == pytest.approx(expected, rel=1e-4)
 
 
 def test_scaling_probabilities_is_scaling_logits():

@@ -5,12 +5,15 @@ import importlib.util
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, run_row
 
 import common
+from calibration import calibration_metrics
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
@@ -38,7 +41,11 @@ def test_the_two_commands_come_first():
     assert COMMANDS[:2] == [["uv", "run", "recipes/kd_cutmix.py", "--protocol", "smoke"], ["uv", "run", "pytest"]]
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS[2:] if command[2].endswith(".py")], ids=" ".join)
+@pytest.mark.parametrize(
+    "command",
+    [command for command in COMMANDS[2:] if command[2].endswith(".py") and command[2] != "predict.py"],
+    ids=" ".join,
+)
 def test_command(command, results, tmp_path, image_folder, monkeypatch):
     """Each with its own arguments, at the smallest size: an epoch over a few digits, or a few images of one's own."""
     assert command[:2] == ["uv", "run"]
@@ -58,6 +65,21 @@ def test_command(command, results, tmp_path, image_folder, monkeypatch):
     result = common.run_row(script.stem, main, dataclasses.replace(cfg, **tiny))
     assert result["last"]["accuracy"] >= 0
     assert result["dataset"] == ("folder" if cfg.dataset else "digits")
+
+
+def test_its_predictions_are_calibrated_as_the_runs_were(tmp_path, image_folder, monkeypatch, capsys):
+    settings = dict(dataset="folder", data_dir=image_folder, image_size=20, train_size=None, batch_size=6, val_size=6)
+    result, path = run_row("student_baseline", tmp_path / "results", **settings)
+    code = re.search(r"```python\n# predict.py\n(.*?)```", README, re.DOTALL)[1]
+    files = sorted(map(str, image_folder.glob("test/*/*")))
+    monkeypatch.setattr(sys, "argv", ["predict.py", str(path), *files])
+    space = {}
+    exec(code, space)
+    lines = capsys.readouterr().out.splitlines()[-len(files) :]
+    assert [line.rpartition(":")[0] for line in lines] == files
+    assert all(re.fullmatch(r".*: (ant|bee|cat), \d+% sure", line) for line in lines)
+    ours = calibration_metrics(space["probabilities"], torch.arange(3).repeat_interleave(4))
+    assert ours.nll == pytest.approx(result["selected"]["scaled"]["nll"], abs=1e-5)
 
 
 def test_files_and_modules_that_it_names_exist():

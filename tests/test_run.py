@@ -4,7 +4,9 @@ import csv
 import dataclasses
 import functools
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,9 @@ import timm
 import torch
 from conftest import THREE_STEPS, Killed, die, in_epoch, run_row
 
+import calibration
 import common
-from run_files import UserError, atomic_write, load_probabilities, load_weights
+from run_files import UserError, atomic_write, load_probabilities, load_weights, sha256
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -60,7 +63,7 @@ def test_every_file_is_there_and_consistent(tmp_path):
     assert result["settings"]["lr"] == 0.05 and result["changes"] == {
         "epochs": 2, "milestones": [2], "train_size": 96, "lr": 0.05
     }  # fmt: skip
-    assert set(result["versions"]) == {"python", "torch", "timm", "numpy", "cuda", "commit"}
+    assert set(result["versions"]) == {"python", "torch", "timm", "numpy", "cuda", "commit", "recipe"}
     assert (
         result["versions"]["torch"] == torch.__version__ and result["images_per_second"] > 0 < result["train_seconds"]
     )
@@ -267,7 +270,7 @@ def test_a_teacher_by_its_folder(tmp_path):
 
 def test_a_teacher_of_other_images_or_classes_is_refused(tmp_path, image_folder):
     _, teacher = run_row("teacher_baseline", tmp_path / "a", train_size=64)
-    with pytest.raises(UserError, match="was trained on other images than kd_vanilla is"):
+    with pytest.raises(UserError, match=r"than kd_vanilla is \(--train-size 64, not 96\): name another run"):
         run_row("kd_vanilla", tmp_path / "b", teacher=str(teacher))
     with pytest.raises(UserError, match="knows 10 classes, not the 3 of folder"):
         run_row(
@@ -293,7 +296,7 @@ def test_other_images_in_the_same_place_are_refused(tmp_path, image_folder):
     run_row("student_baseline", tmp_path / "results", **settings)
     other = shutil.copytree(image_folder, tmp_path / "other")
     shutil.copy(other / "train" / "ant" / "0.png", other / "train" / "ant" / "1.png")
-    with pytest.raises(UserError, match="was made with other images: --overwrite it"):
+    with pytest.raises(UserError, match="other images: start student_baseline over with --overwrite, or choose"):
         run_row("student_baseline", tmp_path / "results", **{**settings, "data_dir": other})
 
 
@@ -314,6 +317,109 @@ def test_a_rows_own_settings_that_changed_in_its_file_are_noticed(tmp_path, monk
     monkeypatch.setattr(config, "__init__", functools.partialmethod(config.__init__, lr=0.3))
     with pytest.raises(UserError, match=r"was made with lr 0\.01, now 0\.3"):
         run_row("student_baseline", tmp_path)
+
+
+def write_recipe(folder: Path, name: str, lines: str) -> Path:
+    file = folder / f"{name}.py"
+    file.write_text(f'"""A row of one\'s own."""\n\nimport common\nfrom torch import nn\n{lines}')
+    return file
+
+
+TRAINS = """
+from timm.task import ClassificationTask
+
+def main(cfg: common.TrainConfig, run: common.Run) -> None:
+    run.fit(ClassificationTask(run.create_model("shufflenet_v1"), nn.CrossEntropyLoss()), common.Standard())
+"""
+WRONG_RECIPES = {
+    "def main(cfg, run): pass": "main has to name its settings, as in main(cfg: common.TrainConfig",
+    "class Own(common.TrainConfig):\n    hot: bool = True\n\ndef main(cfg: Own, run): pass": "Own needs @dataclass",
+    TRAINS.replace("TrainConfig", "Config"): "own cannot train: its settings have to extend common.TrainConfig",
+    TRAINS.replace("shufflenet_v1", "shuflenet_v1"): "timm knows no model shuflenet_v1: shufflenet_v1",
+}
+
+
+@pytest.fixture
+def recipes(tmp_path, monkeypatch) -> Path:
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    monkeypatch.setattr(common, "RECIPES", folder)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield folder
+    common.load_recipe.cache_clear()
+
+
+@pytest.mark.parametrize(("lines", "message"), WRONG_RECIPES.items(), ids=WRONG_RECIPES.values())
+def test_what_a_recipe_of_ones_own_lacks_is_named(lines, message, recipes, tmp_path, monkeypatch, capsys):
+    write_recipe(recipes, "own", lines)
+    monkeypatch.setattr(sys, "argv", ["own.py", "--protocol", "smoke", "--results-dir", str(tmp_path / "results")])
+    with pytest.raises(SystemExit) as stop:
+        common.cli(common.load_recipe("own"))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_recipes_share_a_module_beside_them(recipes):
+    (recipes / "_shared.py").write_text("epochs = 7\n")
+    write_recipe(recipes, "own", "from _shared import epochs\n\ndef main(cfg: common.Config, run): return epochs")
+    assert common.load_recipe("own")(None, None) == 7
+    with pytest.raises(UserError, match="there is no recipe _shared: it should be one of own, or"):
+        common.load_recipe("_shared")
+
+
+@pytest.mark.parametrize("elsewhere", ["../evil", "{folder}/evil"])
+def test_a_teachers_name_is_no_path_to_code(elsewhere, recipes, tmp_path):
+    write_recipe(tmp_path, "evil", "raise SystemExit('was run')")
+    with pytest.raises(UserError, match=r"there is no recipe .*evil"):
+        common.load_recipe(elsewhere.format(folder=tmp_path))
+
+
+def test_a_recipe_that_was_edited_since_is_not_passed_over_in_silence(recipes, tmp_path, capsys, monkeypatch):
+    file = write_recipe(recipes, "own", TRAINS)
+    result, _ = run_row("own", tmp_path / "results")
+    assert result["versions"]["recipe"] == sha256(file)[:12]
+    capsys.readouterr()
+    run_row("own", tmp_path / "results")
+    out, err = capsys.readouterr()
+    assert "seed0-" in out and "was finished before: --overwrite starts it over" in out and not err
+
+    write_recipe(recipes, "own", TRAINS.replace("Standard()", "CutOut()"))
+    common.load_recipe.cache_clear()
+    run_row("own", tmp_path / "results")
+    edited = "warning: the recipe of own was edited since this was made: start own over with --overwrite"
+    assert edited in capsys.readouterr().err
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        in_epoch(patch, 2, steps_an_epoch=1)
+        run_row("own", tmp_path / "results", epochs=2)
+    write_recipe(recipes, "own", TRAINS)
+    common.load_recipe.cache_clear()
+    run_row("own", tmp_path / "results", epochs=2)
+    assert re.search(r"was begun with recipe \w{12}, now \w{12}: result.json names both", capsys.readouterr().err)
+
+
+def test_a_teacher_whose_recipe_was_edited_since_is_named(recipes, tmp_path, capsys):
+    student = "def main(cfg: common.TrainConfig, run): run.teacher('own')"
+    write_recipe(recipes, "student", student)
+    write_recipe(recipes, "own", TRAINS)
+    run_row("own", tmp_path / "results")
+    write_recipe(recipes, "own", TRAINS.replace("Standard()", "CutOut()"))
+    common.load_recipe.cache_clear()
+    cfg = common.TrainConfig(protocol="smoke", epochs=1, train_size=96, results_dir=tmp_path / "results")
+    common.Run("student", cfg).teacher("own")
+    assert "the recipe of own was edited since this was made" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.1])
+def test_a_temperature_that_cannot_be_fitted_is_named(temperature, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(calibration, "fit_temperature", lambda *predictions: temperature)
+    run_row("student_baseline", tmp_path)
+    assert ("metrics of best, last are at temperature 1" in capsys.readouterr().err) == (temperature == 1)
+
+
+def test_a_batch_that_is_too_large_is_noticed_before_the_teacher_is_trained(tmp_path):
+    with pytest.raises(UserError, match="--batch-size must be at most 96"):
+        run_row("kd_cutmix", tmp_path, batch_size=97)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_last_single_image_of_an_epoch_is_left_out(tmp_path):

@@ -69,6 +69,7 @@ def test_milestones_keep_their_place(settings, epochs, milestones):
 def test_the_cpu_protocol_is_a_tenth_of_the_images():
     assert common.resolve(config("kd_cutmix", protocol="cpu")).train_size == 5000
     assert common.resolve(config("kd_cutmix", protocol="cpu", train_size=100)).train_size == 100
+    assert common.resolve(config("kd_cutmix", protocol="cpu", dataset="folder")).train_size is None  # not of others
     assert folder(protocol="cpu") == "results/cpu/kd_cutmix/seed0"
     assert folder(protocol="cpu", train_size=5000) == "results/cpu/kd_cutmix/seed0"
 
