@@ -280,7 +280,9 @@ def run_row(row: str, main: Callable, cfg: Config) -> dict[str, Any]:
     if result is None:
         try:
             main(run.cfg, run)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:  # cuBLAS and cuDNN say what they lack in words alone
+            if not re.search("out of memory|ALLOC(ATION)?_FAILED", str(error)):
+                raise
             raise UserError(
                 f"{run.device} ran out of memory: try a smaller --batch-size, or fewer runs at once; the same command "
                 "goes on after the last finished epoch"

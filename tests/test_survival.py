@@ -293,12 +293,32 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
     assert (folder / checkpoint.NAMES[0]).read_bytes() == before
 
 
-def test_out_of_memory_names_the_flag(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),  # since cuDNN 9
+    ],
+    ids=str,
+)
+def test_out_of_memory_names_the_flag(error, tmp_path, monkeypatch):
     def step(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(common.Trainer, "step", step)
     with pytest.raises(UserError, match="cpu ran out of memory: try a smaller --batch-size"):
+        run_row("student_baseline", tmp_path, **THREE_STEPS)
+
+
+def test_another_fault_of_the_device_is_not_taken_for_it(tmp_path, monkeypatch):
+    def step(*args):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`")
+
+    monkeypatch.setattr(common.Trainer, "step", step)
+    with pytest.raises(RuntimeError, match="EXECUTION_FAILED"):
         run_row("student_baseline", tmp_path, **THREE_STEPS)
 
 
