@@ -61,6 +61,8 @@ class Trainer:
     ):  # fmt: skip
         if deterministic:
             torch.use_deterministic_algorithms(True)
+            # Would be a quarter of a step's operations, and no step reads what nobody wrote: tests/test_speed.py
+            torch.utils.deterministic.fill_uninitialized_memory = False
         if data_parallel.size() > 1 and device.type == "cuda":
             task.trainable_module = convert_sync_batchnorm(task.trainable_module)  # timm's keeps fused activations
         if precision == "auto":

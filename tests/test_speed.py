@@ -147,6 +147,21 @@ def test_compiled_gives_the_eager_losses(kind):
     assert list(model.state_dict()) == list(make_task(kind).trainable_module.state_dict())  # files keep their names
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_step_reads_memory_that_nobody_wrote(kind):
+    """So --deterministic need not fill it beforehand: filled with NaN, it makes no difference to a bit."""
+    try:
+        left, model = losses(kind, 3, 1e-3, deterministic=True)
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        assert torch.empty(3).isnan().all()
+        filled, filled_model = losses(kind, 3, 1e-3)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert left == filled
+    assert all(map(torch.equal, model.state_dict().values(), filled_model.state_dict().values()))
+
+
 def test_bf16_is_near_fp32_with_losses_and_weights_in_fp32():
     fast, model = losses("kd 1", 5, 1e-7, precision="bf16")
     full, _ = losses("kd 1", 5, 1e-7, precision="fp32")
