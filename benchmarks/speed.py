@@ -32,6 +32,7 @@ import tyro
 from PIL import Image
 from timm.loss import JsdCrossEntropy
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -356,17 +357,27 @@ def count_work(run: MeasuredRun) -> tuple[float, float]:
     return work.flops / 8, work.bytes / 8
 
 
+def self_times(profiler: profile, device: torch.device) -> Counter:
+    """Microseconds of each operation; on a GPU of each kernel, for what launches one is given its time once more."""
+    times = Counter()
+    for event in profiler.key_averages():
+        if device.type == "cpu":
+            times[event.key] += event.self_cpu_time_total
+        elif event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            times[event.key] += event.self_device_time_total
+    return times
+
+
 def time_split(step: Callable[[], int], device: torch.device) -> str:
-    """The six kinds of operation in which a step's time goes, on the GPU's clock where there is one."""
+    """The six kinds of operation in which a step's time goes, on a GPU those of kernel."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with profile(activities=activities, acc_events=True) as profiler:
         step()
-    clock = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     times = Counter()
-    for event in profiler.key_averages():
-        name = "fused by the compiler" if "CompiledFxGraph" in event.key else event.key
-        times[name] += getattr(event, clock)
-    return ", ".join(f"`{name[:60]}` {time / times.total():.0%}" for name, time in times.most_common(6))
+    for name, microseconds in self_times(profiler, device).items():
+        fused = "CompiledFxGraph" in name or name.startswith("triton_")
+        times["fused by the compiler" if fused else name[:60]] += microseconds
+    return ", ".join(f"`{name}` {time / times.total():.0%}" for name, time in times.most_common(6))
 
 
 OUR_START = (

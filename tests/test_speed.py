@@ -3,6 +3,7 @@
 import random
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from timm.data.random_erasing import RandomErasing
 from timm.loss import JsdCrossEntropy
 from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 from torch import nn
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import EventList, FunctionEvent
 
 import common
 import training
@@ -270,6 +273,22 @@ def test_work_is_that_of_matrix_products_and_convolutions():
     with speed.CountWork() as work:
         layer(images).relu()
     assert work.flops == 2 * 8 * 30 * 20 and work.bytes == 4 * (8 * 30 + 30 * 20 + 20 + 8 * 20)
+
+
+def test_time_on_a_gpu_is_that_of_its_kernels_and_counted_once(monkeypatch):
+    def event(name: str, device: DeviceType, microseconds: int, **more) -> FunctionEvent:
+        return FunctionEvent(0, name, 0, 0, microseconds, stack=[], use_device="cuda", device_type=device, **more)
+
+    operation = event("aten::mm", DeviceType.CPU, 500)
+    operation.append_kernel("gemm", 0, 60)
+    kernels = [event("gemm", DeviceType.CUDA, 60), event("triton_poi_fused_add_0", DeviceType.CUDA, 20)]
+    kernels += [event("triton_red_fused_mean_1", DeviceType.CUDA, 20)]
+    annotation = event("Optimizer.step#SGD.step", DeviceType.CUDA, 900, is_user_annotation=True)
+    events = EventList([operation, *kernels, annotation], use_device="cuda")
+    events._build_tree()
+    assert {e.key: e.self_device_time_total for e in events.key_averages()}["aten::mm"] == 60  # once more
+    monkeypatch.setattr(speed, "profile", lambda **how: nullcontext(events))
+    assert speed.time_split(int, torch.device("cuda")) == "`gemm` 60%, `fused by the compiler` 40%"
 
 
 def test_the_start_that_is_timed_is_a_recipes():
