@@ -98,16 +98,22 @@ def published(row: Row, than: Row, comparison: Comparison) -> float | None:
 
 
 def rank_correlation(rows: dict[str, Row]) -> tuple[Statistic | None, float | None]:
-    """Spearman's, of the ECE of the five teachers and that of their students: ours over the seeds that have all ten,
-    and the published one."""
+    """Spearman's, of the ECE of the five teachers and that of their students: ours over the seeds that have one, and
+    the published one."""
     from scipy.stats import spearmanr
 
-    pairs = [(rows[teacher], rows[student]) for student, teacher in TAUGHT_BY.items()]
-    known = [[_by_seed(row, "ece", scaled=False) for row in pair] for pair in pairs]
-    seeds = set.intersection(*(set(values) for pair in known for values in pair))
-    found = [spearmanr(*zip(*([v[seed] for v in pair] for pair in known), strict=True)).statistic for seed in seeds]
-    numbers = [[row.published.get("ece") for row in pair] for pair in pairs]
-    theirs = None if any(None in pair for pair in numbers) else spearmanr(*zip(*numbers, strict=True)).statistic
+    def spearman(ece: dict[str, float | None]) -> float | None:
+        """None where one of the ten is missing, or five are equal, which have no order."""
+        teachers, students = ([ece[row] for row in names] for names in (TAUGHT_BY.values(), TAUGHT_BY))
+        if None in teachers + students or 1 in (len(set(teachers)), len(set(students))):
+            return None
+        return spearmanr(teachers, students).statistic
+
+    by_row = {name: _by_seed(row, "ece", scaled=False) for name, row in rows.items()}
+    seeds = set().union(*by_row.values())
+    found = [spearman({name: values.get(seed) for name, values in by_row.items()}) for seed in seeds]
+    found = [correlation for correlation in found if correlation is not None]
+    theirs = spearman({name: row.published.get("ece") for name, row in rows.items()})
     return Statistic.of(found) if found else None, theirs
 
 

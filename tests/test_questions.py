@@ -114,3 +114,17 @@ def test_rank_correlation_is_one_minus_the_squared_differences_of_ranks():
     published = [[rows[name].published["ece"] for name in names] for names in (TAUGHT_BY.values(), TAUGHT_BY)]
     assert theirs == pytest.approx(spearman(*published)) == pytest.approx(0.9)
     assert f"same order: {ours.mean:.2f} ± {ours.sd:.2f} (published: 0.90)." in questions.markdown(rows.values())
+
+
+def test_a_seed_whose_teachers_or_students_are_all_equal_has_no_rank_correlation():
+    eces = [0.1, 0.2, 0.3, 0.4, 0.5]
+    # seed 0: the same order; seed 1: equal teachers; seed 2: equal students; seed 3: one teacher is missing
+    teachers = {name: runs(ece=[ece, 0.1, ece, ece]) for name, ece in zip(TAUGHT_BY.values(), eces, strict=True)}
+    students = {name: runs(ece=[ece, ece, 0.1, ece]) for name, ece in zip(TAUGHT_BY, eces, strict=True)}
+    teachers["teacher_mixup"].pop()
+    rows = {row.row: row for row in table(**teachers, **students) if not row.changes}
+    assert questions.rank_correlation(rows)[0] == (pytest.approx(1), None)
+    assert "same order: 1.00 (published: 0.90)." in questions.markdown(rows.values())
+    for row in rows.values():
+        row.runs = row.runs[1:]
+    assert questions.rank_correlation(rows)[0] is None and "rank correlation" not in questions.markdown(rows.values())
