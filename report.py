@@ -38,9 +38,9 @@ from rows import (
 from run_files import UserError, atomic_write, read_published
 
 ROOT = Path(__file__).resolve().parent
-# README.md shows the first of these that has results. Other protocols are not comparable with the published numbers,
-# which are left out of their tables and figures.
-STANDING = ("paper", "short", "quick")
+# Protocols whose results are comparable with the published numbers, longest first: README.md shows the first of them
+# that has results. In tables and figures of others the published numbers are left out.
+COMPARABLE = ("paper", "short", "quick")
 MARKERS = ("<!-- table:begin -->", "<!-- table:end -->")
 
 
@@ -64,7 +64,7 @@ class Config:
 
 
 def _short(metric: str, statistic: Statistic | None) -> str:
-    """`_plus_minus` for narrow columns: 0.1104±.0012."""
+    """`plus_minus` for narrow columns: 0.1104±.0012."""
     text = plus_minus(metric, statistic)
     return text if metric == "accuracy" else text.replace("±0.", "±.")
 
@@ -135,8 +135,8 @@ def _computed_on(result: dict[str, Any]) -> str:
 def notes(protocol: str, rows: Sequence[Row]) -> str:
     """What a reader has to know of the protocol before the numbers."""
     results = [run.result for row in rows for run in row.runs]
-    standing = as_published(rows)
-    text = f"Protocol `{protocol}`: {sum(bool(row.runs) for row in standing)} of {len(standing)} rows are there"
+    lines = as_published(rows)
+    text = f"Protocol `{protocol}`: {sum(bool(row.runs) for row in lines)} of {len(lines)} rows are there"
     if not results:
         return f"{text}."
     computed = [result for result in results if result.get("precision")] or results  # ensembles compute nothing
@@ -144,7 +144,7 @@ def notes(protocol: str, rows: Sequence[Row]) -> str:
     hardware = " and ".join(sorted({_computed_on(result) for result in computed}))
     commits = sorted({str((result.get("versions") or {}).get("commit"))[:7] for result in results})
     text += f", {training}, run on {hardware}; commit{'s' * (len(commits) > 1)} {', '.join(commits)}."
-    if protocol not in STANDING:
+    if protocol not in COMPARABLE:
         text += (
             " Not comparable with the published numbers, which are left out: they are 500 epochs on all of cifar100."
         )
@@ -153,7 +153,7 @@ def notes(protocol: str, rows: Sequence[Row]) -> str:
 
 def markdown(protocol: str, rows: Sequence[Row], others: Sequence[Row]) -> str:
     """The whole of table.md."""
-    legend = LEGEND + BRACKETS * (protocol in STANDING)
+    legend = LEGEND + BRACKETS * (protocol in COMPARABLE)
     parts = [f"# Results, protocol {protocol}", notes(protocol, rows), markdown_table(rows), legend.strip()]
     parts += filter(None, [questions.markdown(rows)])
     parts += ["## Further metrics, before → after temperature scaling", markdown_further_table(rows)]
@@ -251,7 +251,7 @@ def terminal(protocol: str, rows: Sequence[Row], others: Sequence[Row]) -> str:
     for row in rows:
         out += block(row, list(main_lines(row)))
     explained = "Mean±standard deviation over the seeds"
-    if protocol in STANDING:
+    if protocol in COMPARABLE:
         explained += "; then ours minus the published, * where that is more than two standard deviations or, with one "
         explained += "seed, than 0.5 points of accuracy or 0.015 of ECE or OE"
     out += textwrap.wrap(f"{explained}.", 100)
@@ -287,7 +287,7 @@ class Report:
                 runs.append(read_run(path))
             except UserError as error:
                 problems.append(str(error))
-        return cls(protocol, *sort_into_rows(runs, comparable=protocol in STANDING), problems)
+        return cls(protocol, *sort_into_rows(runs, comparable=protocol in COMPARABLE), problems)
 
     @property
     def runs(self) -> list[Run]:
@@ -378,7 +378,7 @@ def refreshed_readme(text: str, block: str) -> str | None:
 def main(cfg: Config) -> int:
     """Report as the settings say. Returns the exit status: 1 if something is damaged or, checking, out of date."""
     found = sorted({file.parts[-4] for file in cfg.results_dir.glob("*/*/seed*/result.json")})
-    found.sort(key=lambda name: STANDING.index(name) if name in STANDING else len(STANDING))
+    found.sort(key=lambda name: COMPARABLE.index(name) if name in COMPARABLE else len(COMPARABLE))
     if cfg.protocol and cfg.protocol not in found:
         raise UserError(
             f"no results of protocol {cfg.protocol} in {cfg.results_dir} (found: {', '.join(found) or 'none'}): "
@@ -404,7 +404,7 @@ def main(cfg: Config) -> int:
             print(f"without further metrics ({lacking}): uv run report.py --recompute adds them")
         print(f"written: {folder / 'table.md'}, {folder / 'table.csv'}, {folder / 'figures'}\n")
 
-    shown = next((p for p in STANDING if p in reports and any(row.runs for row in reports[p].table)), None)
+    shown = next((p for p in COMPARABLE if p in reports and any(row.runs for row in reports[p].table)), None)
     rows = reports[shown].table if shown else sort_into_rows([])[0]
     own = cfg.results_dir.resolve() == ROOT / "results"
     if readme := cfg.readme or (ROOT / "README.md" if own else None):
