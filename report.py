@@ -364,12 +364,24 @@ def _compare(path: Path, old: str, new: str) -> list[str]:
     return [f"{path} is older than the results of {', '.join(rows)}" if rows else f"{path} is not up to date"]
 
 
-def refreshed_readme(text: str, block: str) -> str | None:
-    """README.md with the block between its markers; None if it has none."""
-    begin, end = (text.find(marker) for marker in MARKERS)
+def refresh_readme(path: Path, block: str, check: bool) -> list[str]:
+    """Put the block between the markers of README.md; checking, only say what is not up to date, as `stale` does."""
+    try:
+        old = file_bytes(path).decode()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror} (--readme)") from None
+    begin, end = (old.find(marker) for marker in MARKERS)
     if not 0 <= begin < end:
-        return None
-    return f"{text[: begin + len(MARKERS[0])]}\n{block}\n{text[end:]}"
+        print(f"{path} has no {' and '.join(MARKERS)}: it is left as it is", file=sys.stderr)
+        return []
+    new = f"{old[: begin + len(MARKERS[0])]}\n{block}\n{old[end:]}"
+    if check:
+        return _compare(path, old, new)
+    if old != new:
+        with atomic_write(path) as file:
+            file.write(new.encode())
+        print(f"{path}: the table is refreshed")
+    return []
 
 
 # 3. Command line -----------------------------------------------------------------------------------------
@@ -408,19 +420,7 @@ def main(cfg: Config) -> int:
     rows = reports[shown].table if shown else sort_into_rows([])[0]
     own = cfg.results_dir.resolve() == ROOT / "results"
     if readme := cfg.readme or (ROOT / "README.md" if own else None):
-        try:
-            old = file_bytes(readme).decode()
-        except OSError as error:
-            raise UserError(f"{readme} cannot be read: {error.strerror} (--readme)") from None
-        new = refreshed_readme(old, readme_block(shown, rows))
-        if new is None:
-            print(f"{readme} has no {' and '.join(MARKERS)}: it is left as it is", file=sys.stderr)
-        elif cfg.check:
-            outdated += _compare(readme, old, new)
-        elif old != new:
-            with atomic_write(readme) as file:
-                file.write(new.encode())
-            print(f"{readme}: the table is refreshed")
+        outdated += refresh_readme(readme, readme_block(shown, rows), cfg.check)
 
     if cfg.wandb and not cfg.check:
         from wandb_report import publish
