@@ -6,7 +6,6 @@ They are the same to the byte wherever the same versions draw them: no dates, no
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
@@ -18,10 +17,8 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
 from calibration import FEW
+from rows import Row, plus_minus
 from run_files import atomic_write
-
-if TYPE_CHECKING:
-    from rows import Row
 
 BLUE, PALE_BLUE, RED, GREY = "#2c5784", "#9dbbd8", "#b3293f", "0.72"
 COLORS = (BLUE, RED, "0.1", "#6a9a5b", "#c98a2b", "0.5")
@@ -42,7 +39,7 @@ STYLE = {
 WIDTH = 7.0  # inches: the text of a two-column page
 
 
-def draw(rows: "Sequence[Row]", folder: Path) -> list[str]:
+def draw(rows: Sequence[Row], folder: Path) -> list[str]:
     """Draw every figure that there are results for.
 
     Args:
@@ -85,7 +82,7 @@ def _save(figure: Figure, path: Path) -> list[str]:
     return names
 
 
-def _panels(rows: "Sequence[Row]", columns: int, height: float, plot: "Callable[[Axes, Row], None]") -> Figure:
+def _panels(rows: Sequence[Row], columns: int, height: float, plot: Callable[[Axes, Row], None]) -> Figure:
     """One panel a row of the table, `height` inches each, axis labels on the outside only."""
     columns = min(columns, len(rows))
     n_lines = -(-len(rows) // columns)
@@ -107,12 +104,11 @@ def _legend_above(figure: Figure, handles: Sequence[Artist]) -> None:
     figure.legend(handles=handles, loc="outside upper center", ncols=min(columns, len(handles)))
 
 
-def _mean_sd(row: "Row", metric: str, digits: int = 4) -> str:
-    statistic = row.statistic("best", metric)
-    return f"{statistic.mean:.{digits}f}" + (f" ± {statistic.sd:.{digits}f}" if statistic.sd is not None else "")
+def _mean_sd(row: Row, metric: str) -> str:
+    return plus_minus(metric, row.statistic("best", metric), " ± ")
 
 
-def _pooled_bins(row: "Row", drawn: int = 20) -> np.ndarray:
+def _pooled_bins(row: Row, drawn: int = 20) -> np.ndarray:
     """Counts, right answers and summed confidence (3, drawn) over the test images of all seeds at the best epoch."""
     total = 0
     for run in row.runs:
@@ -121,10 +117,10 @@ def _pooled_bins(row: "Row", drawn: int = 20) -> np.ndarray:
     return total.reshape(3, drawn, -1).sum(2)
 
 
-def reliability(rows: "Sequence[Row]") -> Figure:
+def reliability(rows: Sequence[Row]) -> Figure:
     """Reliability diagrams (Guo et al., 2017, fig. 1) side by side: accuracy over confidence in 20 bins."""
 
-    def plot(axes: Axes, row: "Row") -> None:
+    def plot(axes: Axes, row: Row) -> None:
         count, correct, confident = _pooled_bins(row)
         filled = count >= FEW
         centers = ((np.arange(len(count)) + 0.5) / len(count))[filled]
@@ -149,7 +145,7 @@ def reliability(rows: "Sequence[Row]") -> Figure:
     return figure
 
 
-def curves(rows: "Sequence[Row]") -> Figure:
+def curves(rows: Sequence[Row]) -> Figure:
     """Accuracy over confidence in 20 bins, all rows in one panel: what W&B overlays from the table of bins."""
     figure = Figure(figsize=(4.0, 4.9), layout="constrained")
     axes = figure.subplots()
@@ -167,10 +163,10 @@ def curves(rows: "Sequence[Row]") -> Figure:
     return figure
 
 
-def confidence(rows: "Sequence[Row]") -> Figure:
+def confidence(rows: Sequence[Row]) -> Figure:
     """How confident each row is: the share of test images over confidence, beside mean confidence and accuracy."""
 
-    def plot(axes: Axes, row: "Row") -> None:
+    def plot(axes: Axes, row: Row) -> None:
         count, correct, confident = _pooled_bins(row)
         edges = np.linspace(0, 1, len(count) + 1)
         axes.stairs(count / count.sum(), edges, fill=True, color=GREY)
@@ -190,7 +186,7 @@ def confidence(rows: "Sequence[Row]") -> Figure:
     return figure
 
 
-def training(rows: "Sequence[Row]", metric: str) -> Figure:
+def training(rows: Sequence[Row], metric: str) -> Figure:
     """A test metric over the epochs: each row's mean and range over its seeds, before all the others in grey."""
     curves = {}
     for row in rows:
@@ -198,7 +194,7 @@ def training(rows: "Sequence[Row]", metric: str) -> Figure:
         curves[row.label] = np.array([[epoch[metric] for epoch in run.history[:n_epochs]] for run in row.runs])
     scale = 100 if metric == "accuracy" else 1
 
-    def plot(axes: Axes, row: "Row") -> None:
+    def plot(axes: Axes, row: Row) -> None:
         for label, values in curves.items():
             if label != row.label:
                 axes.plot(np.arange(1, values.shape[1] + 1), scale * values.mean(0), color="0.82", linewidth=0.5)
@@ -228,7 +224,7 @@ def training(rows: "Sequence[Row]", metric: str) -> Figure:
     return figure
 
 
-def accuracy_ece(rows: "Sequence[Row]") -> Figure:
+def accuracy_ece(rows: Sequence[Row]) -> Figure:
     """Accuracy against ECE: hollow marks are published, filled ones ours at the best epoch, an arrow from one to the
     other. Numbers stand for the rows, for names would not find room."""
     tables = list(dict.fromkeys(row.table for row in rows))
