@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from rows import Row, Statistic, as_published, number, plus_minus
+from rows import Row, Statistic, as_published, markdown_table, number, plus_minus
 
 
 class Comparison(NamedTuple):
@@ -156,8 +156,7 @@ def _answer(question: Question, rows: dict[str, Row]) -> Iterator[str]:
             line.append(f"**{text}**" if is_clear else text)
             if expected and not (is_clear and difference.mean * expected > 0):
                 unseen.append(f"`{row.row}`, {comparison.title} ({'the other way' if is_clear else 'may be chance'})")
-    cells = [header, [":--"] + ["--:"] * (len(header) - 1), *lines]
     yield f"### {question.text}"
-    yield "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    yield markdown_table(header, lines)
     if unseen:
         yield f"Published, at the best epoch, but not clear at our last one: {'; '.join(unseen)}."

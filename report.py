@@ -27,6 +27,7 @@ from rows import (
     Statistic,
     as_published,
     file_bytes,
+    markdown_table,
     number,
     plus_minus,
     read_run,
@@ -74,14 +75,14 @@ def _seeds(row: Row) -> str:
     return f"{len(row.runs)} seed{'s' * (len(row.runs) > 1)}{time}" if row.runs else ""
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
+def markdown_main_table(rows: Sequence[Row]) -> str:
     """The main table in Markdown: published and ours at every choice of epoch, with the difference."""
     choices = [choice for choice in CHOICES if any(choice in row.choices for row in rows)]
     numbers = ["published"] * any(row.published for row in rows) + choices
     titles = {"accuracy": "Accuracy, %", "ece": "ECE", "oe": "OE"}
     header = ["Recipe", "Seeds"] + ["Minutes"] * bool(choices)
     header += [f"{title}: {name}" for title in titles.values() for name in numbers]
-    lines = [header, [":--"] + ["--:"] * (len(header) - 1)]
+    lines = []
     for row in rows:
         cells = [f"`{row.label}`", str(len(row.runs) or "")]
         cells += [f"{row.minutes:,.1f}" if row.minutes else ""] * bool(choices)
@@ -97,12 +98,12 @@ def markdown_table(rows: Sequence[Row]) -> str:
                         text = f"**{text}**" if difference[1] else text
                 cells.append(text)
         lines.append(cells)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown_table(header, lines)
 
 
 def markdown_further_table(rows: Sequence[Row]) -> str:
     """What reviewers ask for besides, before and after temperature scaling, in Markdown."""
-    lines = [["Recipe", "Epoch", *FURTHER.values(), "Temperature"], [":--", ":--"] + ["--:"] * (len(FURTHER) + 1)]
+    lines = []
     for row in rows:
         for choice in row.choices:
             cells = [f"`{row.label}`", choice]
@@ -111,7 +112,7 @@ def markdown_further_table(rows: Sequence[Row]) -> str:
                 cells.append(" → ".join(filter(None, pair)))
             temperature = row.temperature(choice)
             lines.append([*cells, f"{temperature:.2f}" if temperature else ""])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown_table(["Recipe", "Epoch", *FURTHER.values(), "Temperature"], lines, left=2)
 
 
 BRACKETS = """\
@@ -154,7 +155,7 @@ def notes(protocol: str, rows: Sequence[Row]) -> str:
 def markdown(protocol: str, rows: Sequence[Row], others: Sequence[Row]) -> str:
     """The whole of table.md."""
     legend = LEGEND + BRACKETS * (protocol in COMPARABLE)
-    parts = [f"# Results, protocol {protocol}", notes(protocol, rows), markdown_table(rows), legend.strip()]
+    parts = [f"# Results, protocol {protocol}", notes(protocol, rows), markdown_main_table(rows), legend.strip()]
     parts += filter(None, [questions.markdown(rows)])
     parts += ["## Further metrics, before → after temperature scaling", markdown_further_table(rows)]
     parts.append(
@@ -164,7 +165,7 @@ def markdown(protocol: str, rows: Sequence[Row], others: Sequence[Row]) -> str:
         "mean nothing. Adaptive ECE and classwise ECE have 15 bins."
     )
     if others:
-        parts += ["## Other runs", "Settings that the published table does not have.", markdown_table(others)]
+        parts += ["## Other runs", "Settings that the published table does not have.", markdown_main_table(others)]
         parts.append(markdown_further_table(others))
     return "\n\n".join(parts) + "\n"
 
@@ -172,9 +173,9 @@ def markdown(protocol: str, rows: Sequence[Row], others: Sequence[Row]) -> str:
 def readme_block(protocol: str | None, rows: Sequence[Row]) -> str:
     """What stands between the two markers of README.md: published and ours, or without a protocol published alone."""
     if protocol is None:
-        return f"The published numbers; `uv run report.py` puts ours beside them.\n\n{markdown_table(rows)}"
+        return f"The published numbers; `uv run report.py` puts ours beside them.\n\n{markdown_main_table(rows)}"
     more = f"Further metrics and figures: [results/{protocol}/table.md](results/{protocol}/table.md)."
-    return "\n\n".join([notes(protocol, rows), markdown_table(rows), LEGEND + BRACKETS + more])
+    return "\n\n".join([notes(protocol, rows), markdown_main_table(rows), LEGEND + BRACKETS + more])
 
 
 def csv_table(rows: Sequence[Row]) -> str:

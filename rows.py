@@ -160,6 +160,12 @@ def plus_minus(metric: str, statistic: Statistic | None, sep: str = "±", sign: 
     return text if statistic.sd is None else f"{text}{sep}{number(metric, statistic.sd)}"
 
 
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:
+    """Cells as a table in Markdown; all columns but the first `left` are aligned to the right."""
+    rule = [":--"] * left + ["--:"] * (len(header) - left)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines))
+
+
 @dataclass
 class Row:
     """A line of the table: one row, or one variant of it, with its runs over seeds."""
