@@ -4,14 +4,12 @@ Every finished run of a protocol goes into results/<protocol>/table.md and table
 the terminal; the table of the protocol that stands highest goes into README.md, between its two markers.
 """
 
-import csv
 import json
 import re
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -36,7 +34,7 @@ from rows import (
     sort_into_rows,
     trained_on,
 )
-from run_files import UserError, atomic_write, read_published
+from run_files import UserError, atomic_write, csv_text, read_published
 
 ROOT = Path(__file__).resolve().parent
 # Protocols whose results are comparable with the published numbers, longest first: README.md shows the first of them
@@ -204,12 +202,8 @@ def csv_table(rows: Sequence[Row]) -> str:
                 if metric != "accuracy":
                     statistic = row.statistic(choice, metric, scaled=True) if choice else None
                     line |= _csv_cells(f"{metric}_scaled", statistic)
-            lines.append(line)
-    text = StringIO()
-    writer = csv.DictWriter(text, lines[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()} for line in lines)
-    return text.getvalue()
+            lines.append({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()})
+    return csv_text(lines)
 
 
 def _csv_cells(name: str, statistic: Statistic | None) -> dict[str, float | None]:

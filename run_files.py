@@ -198,14 +198,19 @@ def read_result(path: Path) -> dict[str, Any]:
     return result
 
 
-def write_csv(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+def csv_text(lines: Sequence[dict[str, Any]]) -> str:
     """A table with a header, from its lines; not empty."""
-    table = StringIO()
-    writer = csv.DictWriter(table, lines[0], lineterminator="\n")
+    text = StringIO()
+    writer = csv.DictWriter(text, lines[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
+    return text.getvalue()
+
+
+def write_csv(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """`csv_text` as a file."""
     with atomic_write(path) as file:
-        file.write(table.getvalue().encode())
+        file.write(csv_text(lines).encode())
 
 
 def read_published() -> list[dict[str, Any]]:
