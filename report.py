@@ -192,16 +192,15 @@ def csv_table(rows: Sequence[Row]) -> str:
             }
             for metric in PUBLISHED:
                 line[f"{metric}_published"] = row.published.get(metric)
-                line |= _csv_cells(metric, row.statistic(choice, metric) if choice else None)
-                difference = (row.difference(choice, metric) if choice else None) or (None, None)
-                line |= dict(zip((f"{metric}_difference", f"{metric}_outside"), difference, strict=True))
+                line |= _csv_cells(metric, row.statistic(choice, metric))
+                difference, outside = row.difference(choice, metric) or (None, None)
+                line |= {f"{metric}_difference": difference, f"{metric}_outside": outside}
             for metric in FURTHER:
-                line |= _csv_cells(metric, row.statistic(choice, metric) if choice else None)
-            line["temperature"] = row.temperature(choice) if choice else None
+                line |= _csv_cells(metric, row.statistic(choice, metric))
+            line["temperature"] = row.temperature(choice)
             for metric in (*PUBLISHED, *FURTHER):
                 if metric != "accuracy":
-                    statistic = row.statistic(choice, metric, scaled=True) if choice else None
-                    line |= _csv_cells(f"{metric}_scaled", statistic)
+                    line |= _csv_cells(f"{metric}_scaled", row.statistic(choice, metric, scaled=True))
             lines.append({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()})
     return csv_text(lines)
 
