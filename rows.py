@@ -51,17 +51,14 @@ def read_run(path: Path) -> Run:
         UserError: a file is damaged, or lacks what a report needs; it names the file.
     """
     result, file = read_result(path), path / "result.json"
-    valid = True
     try:
-        seed, name = result["seed"], f"{result['protocol']}/{result['row']}/seed{result['seed']}"
-        for choice in CHOICES:
-            if choice in result or choice != "selected":
-                valid = valid and all(0 <= result[choice][metric] <= 1 for metric in PUBLISHED)
-        valid = valid and isinstance(result["changes"], dict) and isinstance(seed, int) and bool(trained_on(result))
-    except (KeyError, TypeError):
-        valid = False
-    if not valid:
+        scores = [result[choice][metric] for choice in CHOICES if choice in result for metric in PUBLISHED]
+        whole = all(0 <= score <= 1 for score in scores) and bool(trained_on(result))
+    except (KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
         raise UserError(f"{file} is not a whole result: delete the folder to train this row again")
+    name = f"{result['protocol']}/{result['row']}/seed{result['seed']}"
     if not f"{path.parent.parent.name}/{path.parent.name}/{path.name}-".startswith(f"{name}-"):
         raise UserError(f"{file} is the result of {name}: it lies in the wrong folder")
     digest = hashlib.sha256(file_bytes(file))

@@ -195,7 +195,8 @@ def test_terminal_fits_100_columns_and_says_what_the_files_say(results, capsys):
     "damage",
     [lambda text: text[: len(text) // 2], lambda text: "", lambda text: "[]", lambda text: "\0\1\2",
      lambda text: text.replace('"best"', '"worst"'), lambda text: text.replace('"seed": 1', '"seed": 7'),
-     lambda text: re.sub(r'"accuracy": [\d.]+', '"accuracy": null', text)],
+     lambda text: re.sub(r'"accuracy": [\d.]+', '"accuracy": null', text),
+     lambda text: text.replace('"train_size": null', '"train_size": "all"')],
 )  # fmt: skip
 def test_damaged_result_is_named_and_left_out(results, capsys, damage):
     file = results / "short" / "kd_cutmix" / "seed1" / "result.json"
