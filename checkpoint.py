@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from run_files import UserError, atomic_write
+from run_files import UserError, atomic_write, first_line
 
 NAMES = ("checkpoint.safetensors", "checkpoint.previous.safetensors")
 
@@ -49,8 +49,7 @@ def load(folder: Path) -> dict[str, Any] | None:
         try:
             state = _read(file)
         except (ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            problems.append(f"{file} is damaged ({reason})")
+            problems.append(f"{file} is damaged ({first_line(error)})")
             continue
         if problems:
             print(f"warning: {problems[0]}: going on from the one before", file=sys.stderr)

@@ -28,6 +28,25 @@ class UserError(Exception):
     """Something the person at the keyboard can mend. The command line shows it as one line and exits with 2."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, in one line; what it is, where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn whatever the body raises into a `UserError` that names the file: of a file that is not whole, torch, numpy
+    and zipfile raise many kinds."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there") from None
+    except PermissionError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path} cannot be used: {first_line(error)}") from None
+
+
 @contextmanager
 def atomic_write(path: Path, keep: Path | None = None) -> Iterator[typing.BinaryIO]:
     """Open a file that appears under its name only once it is whole and on the disk. What had the name before is then
@@ -100,7 +119,7 @@ def load_weights(path: Path) -> "dict[str, Tensor]":
     import safetensors.torch
     import torch
 
-    try:
+    with reading(path):
         if path.suffix == ".safetensors":
             weights = safetensors.torch.load_file(path)
         else:
@@ -113,13 +132,6 @@ def load_weights(path: Path) -> "dict[str, Tensor]":
             raise ValueError("it holds no state dict")
         if not all(tensor.isfinite().all() for tensor in weights.values()):
             raise ValueError("it has weights that are not finite")
-    except FileNotFoundError:
-        raise UserError(f"{path} is not there") from None
-    except PermissionError:
-        raise
-    except Exception as error:  # torch raises many kinds for a file that is not whole
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be used: {reason}") from None
     return weights
 
 
@@ -133,17 +145,18 @@ def load_probabilities(path: Path) -> "dict[str, np.ndarray]":
     """
     import numpy as np
 
-    try:
+    with reading(path):
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > 1000 * 2**10 + 100 * path.stat().st_size:
                 raise ValueError("it would unpack to far more than predictions do")
         with np.load(path) as file:
             arrays = dict(file)
+        predictions = arrays.keys() - {"labels", "val_labels"}
         if path.name.startswith("log_"):
-            for name in arrays.keys() - {"labels", "val_labels"}:
+            for name in predictions:
                 p = np.exp(arrays[name].astype(np.float64))
                 arrays[name] = (p / p.sum(1, keepdims=True)).astype(np.float32)
-        for name in arrays.keys() - {"labels", "val_labels"}:
+        for name in predictions:
             p, labels = arrays[name], arrays["val_labels" if name == "val" else "labels"]
             fits = p.ndim == 2 and p.dtype.kind == "f" and labels.shape == p.shape[:1] and labels.dtype.kind == "i"
             if not fits or not ((labels >= 0) & (labels < p.shape[1])).all():
@@ -152,13 +165,6 @@ def load_probabilities(path: Path) -> "dict[str, np.ndarray]":
                 raise ValueError(f"its {name} are no probabilities")
         if not {"best", "last", "labels"} <= arrays.keys() or not len(arrays["labels"]):
             raise ValueError("it lacks predictions")
-    except FileNotFoundError:
-        raise UserError(f"{path} is not there") from None
-    except PermissionError:
-        raise
-    except Exception as error:  # zipfile and numpy raise many kinds for a file that is not whole
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be used: {reason}") from None
     return arrays
 
 

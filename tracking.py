@@ -22,7 +22,7 @@ import numpy as np
 
 from calibration import CalibrationMetrics, calibration_metrics, reliability_diagram
 from command_line import EXIT_CODES, Interrupted
-from run_files import HALF, UserError, atomic_write, load_probabilities, read_result, variant
+from run_files import HALF, UserError, atomic_write, first_line, load_probabilities, read_result, variant
 
 PROJECT = "calibrated-distillation"
 TEST_METRICS = ("accuracy", "ece", "oe", "nll", "brier")
@@ -156,7 +156,7 @@ class Tracker:
             try:
                 job(*args)
             except Exception as error:
-                _warn(f"not tracked any more: {_first_line(error)}")
+                _warn(f"not tracked any more: {first_line(error)}")
                 run, self.wandb_run = self.wandb_run, None
                 with suppress(Exception):
                     run and run.finish(1)
@@ -176,7 +176,7 @@ class Tracker:
             try:
                 self._declare_input(source)
             except Exception as error:
-                _warn(f"{source} is not recorded as an input: {_first_line(error)}")
+                _warn(f"{source} is not recorded as an input: {first_line(error)}")
 
     def _init(self, mode: str, about: dict[str, Any], agent: dict[str, Any]) -> None:
         import wandb
@@ -200,7 +200,7 @@ class Tracker:
         except Exception as error:
             if mode != "online":
                 raise
-            _warn(f"{_first_line(error)}: recorded offline, for wandb sync")
+            _warn(f"{first_line(error)}: recorded offline, for wandb sync")
             wandb.teardown()  # else the id is taken
             self.wandb_run = init("offline")
         self.logged = max(recorded, self.wandb_run.starting_step - 1)
@@ -302,7 +302,7 @@ def fetch_artifact(name: str, folder: Path) -> Path:
         with atomic_write(path / "result.json") as file:
             file.write(json.dumps(artifact.metadata, indent=2).encode())
     except (wandb.Error, OSError, ValueError) as error:
-        raise UserError(f"{name} cannot be fetched from Weights & Biases: {_first_line(error)}") from None
+        raise UserError(f"{name} cannot be fetched from Weights & Biases: {first_line(error)}") from None
     return path
 
 
@@ -344,10 +344,6 @@ def offline_epochs(folder: Path, run_id: str) -> int:
 
 def _warn(text: str) -> None:
     print(f"warning: Weights & Biases: {text}", file=sys.stderr)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

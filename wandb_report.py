@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import report
-from run_files import UserError
+from run_files import UserError, first_line
 from tracking import log_in
 
 if TYPE_CHECKING:
@@ -101,4 +101,4 @@ def publish(target: str, protocol: str | None, rows: Sequence[report.Row]) -> st
     try:
         return draft.save().url
     except Exception as error:  # of many kinds, by what W&B or the way to it lacks
-        raise UserError(f"--wandb {target}: {str(error).splitlines()[0] if str(error) else error!r}") from None
+        raise UserError(f"--wandb {target}: {first_line(error)}") from None
