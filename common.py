@@ -49,10 +49,10 @@ from objectives import EnsembleDistillationTask, JsdTask, Reduction, Teacher  # 
 from run_files import (
     HALF,
     UserError,
-    alone,
     atomic_write,
     load_probabilities,
     load_weights,
+    locked,
     read_published,
     read_result,
     save_weights,
@@ -430,7 +430,7 @@ class Run:
             return self.load_result() is None or not (self.path / self.needed).is_file()
 
         first = data_parallel.rank() == 0  # it holds the folder for all processes of a data-parallel run
-        with alone(self.path) if first else nullcontext():
+        with locked(self.path) if first else nullcontext():
             yield data_parallel.from_first(something_to_do)
             if first:
                 checkpoint.remove(self.path)
@@ -587,7 +587,7 @@ class Run:
         """Softmax outputs for uint8 (N, 3, H, W) images: float32 (N, classes), on the CPU."""
         model.eval()
         batch_size = 500 if self.device.type == "cuda" else 100  # 500 take a CPU 1.5 to 2 times as long
-        batches = (normalize(batch) for batch in data_parallel.own(images.split(batch_size)))
+        batches = (normalize(batch) for batch in data_parallel.shard(images.split(batch_size)))
         logits = [model(batch.contiguous(memory_format=torch.channels_last)).float() for batch in batches]
         own = torch.cat(logits).softmax(1).cpu().split(batch_size) if logits else ()
         return torch.cat(data_parallel.gather(own))

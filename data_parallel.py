@@ -122,13 +122,13 @@ def mean(value: Tensor) -> Tensor:
     return value
 
 
-def own(items: Sequence[Any]) -> Sequence[Any]:
+def shard(items: Sequence[Any]) -> Sequence[Any]:
     """Every `size()`-th item, from the rank on."""
     return items[rank() :: size()]
 
 
 def gather(items: Sequence[Any]) -> Sequence[Any]:
-    """The items of all processes, in the order in which `own` dealt them."""
+    """The items of all processes, in the order in which `shard` dealt them."""
     if size() == 1:
         return items
     dealt = [None] * size()

@@ -25,7 +25,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from run_files import UserError, alone, atomic_write
+from run_files import UserError, atomic_write, locked
 
 DOWNLOAD_TIMEOUT = 60  # seconds without a byte
 CIFAR100_FINGERPRINT = "4734d03245d994a761d6feb843dc22d250ad01e13a1e824ea154be297ba6050a"
@@ -129,7 +129,7 @@ def load_dataset(name: str, data_dir: Path, image_size: int = 32) -> Dataset:
     dataset = _read_cache(cache, name, listing)
     if dataset is None:
         # Of runs that start side by side one decodes and the others wait for its cache, unless there can be none.
-        with alone(cache) if os.access(data_dir, os.W_OK) else nullcontext():
+        with locked(cache) if os.access(data_dir, os.W_OK) else nullcontext():
             dataset = _read_cache(cache, name, listing)
             if dataset is None:
                 dataset = _read_folder(name, data_dir, image_size) if is_folder else _read_torchvision(data_dir)
@@ -298,7 +298,7 @@ def _download_cifar100(data_dir: Path) -> None:
     folder, timeout = data_dir / "cifar-100-python", socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
-        with alone(folder):
+        with locked(folder):
             if folder.is_dir():  # another process had it downloaded meanwhile
                 return
             print(f"CIFAR-100 is not in {data_dir} (--data-dir): downloading it (169 MB)")

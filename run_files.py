@@ -73,7 +73,7 @@ def atomic_write(path: Path, keep: Path | None = None) -> Iterator[typing.Binary
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold a run's folder, or a file; while another process does, say which one and wait for it.
 
     The lock is `flock`'s on a file beside the folder: the kernel lets go of it when its process dies, however it dies.

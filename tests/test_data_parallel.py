@@ -110,6 +110,6 @@ def test_what_is_dealt_comes_back_in_order(monkeypatch, n):
     hands = []
     for rank in range(3):
         monkeypatch.setattr(data_parallel, "rank", lambda rank=rank: rank)
-        hands.append(data_parallel.own(list(range(n))))
+        hands.append(data_parallel.shard(list(range(n))))
     monkeypatch.setattr(data_parallel.dist, "all_gather_object", lambda out, mine: out.__setitem__(slice(None), hands))
     assert data_parallel.gather(hands[0]) == list(range(n))

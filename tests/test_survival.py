@@ -20,7 +20,7 @@ from conftest import ROOT, THREE_STEPS, Killed, die, in_epoch, run_row
 import checkpoint
 import common
 from command_line import orderly_end
-from run_files import UserError, alone, atomic_write
+from run_files import UserError, atomic_write, locked
 
 
 def killed_run(tmp_path, monkeypatch, epoch: int = 3, **settings) -> Path:
@@ -229,7 +229,7 @@ def test_a_folder_that_cannot_be_written_is_one_line_before_anything_is_trained(
 def test_the_second_waits_says_for_whom_and_takes_the_result(tmp_path, capsys, monkeypatch):
     _, folder = run_row("student_baseline", tmp_path)
     result = (folder / "result.json").rename(tmp_path / "result.json")  # not finished yet
-    code = f"import run_files, pathlib\nwith run_files.alone(pathlib.Path({str(folder)!r})): print('held'); input()"
+    code = f"import run_files, pathlib\nwith run_files.locked(pathlib.Path({str(folder)!r})): print('held'); input()"
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert holder.stdout.readline() == b"held\n"
@@ -248,7 +248,7 @@ def test_the_second_waits_says_for_whom_and_takes_the_result(tmp_path, capsys, m
         holder.wait()
     second.join(60)
     assert not second.is_alive()
-    with alone(folder):
+    with locked(folder):
         assert (folder.parent / f".{folder.name}.lock").read_text().startswith(f"{os.getpid()}\n")
 
 
