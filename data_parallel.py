@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from timm.utils.distributed import distribute_bn, world_info_from_env
+from timm.utils.distributed import distribute_bn, reduce_tensor, world_info_from_env
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
@@ -116,10 +116,7 @@ def share(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, float]:
 
 def mean(value: Tensor) -> Tensor:
     """The mean over the processes."""
-    if size() > 1:
-        dist.all_reduce(value)
-        value /= size()
-    return value
+    return reduce_tensor(value, size()) if size() > 1 else value
 
 
 def shard(items: Sequence[Any]) -> Sequence[Any]:
