@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from timm.loss import JsdCrossEntropy
 from timm.task import ClassificationTask, LogitDistillationTask
 from timm.task.distillation import DistillationTeacher
 from torch import Tensor, nn
@@ -92,9 +91,6 @@ class EnsembleDistillationTask(LogitDistillationTask):
 
 class JsdTask(ClassificationTask):
     """timm's `ClassificationTask` with its `JsdCrossEntropy`, which returns that loss's two parts as well."""
-
-    def __init__(self, model: nn.Module, criterion: JsdCrossEntropy):
-        super().__init__(model, criterion)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         result = super().forward(input, target)
