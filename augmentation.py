@@ -123,10 +123,15 @@ class Mix(Standard):
         mixup_alpha: MixUp (Zhang et al., 2018), lambda ~ Beta(alpha, alpha), one a batch. 0 switches it off.
         cutmix_alpha: CutMix (Yun et al., 2019) instead, lambda ~ Beta(alpha, alpha), one box an image, the label
             weights corrected to the area really pasted. 0 switches it off.
+
+    Raises:
+        ValueError: both are on.
     """
 
     def __init__(self, num_classes: int, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0):
         super().__init__()
+        if mixup_alpha and cutmix_alpha:
+            raise ValueError(f"want mixup_alpha or cutmix_alpha, got both: {mixup_alpha} and {cutmix_alpha}")
         if cutmix_alpha:
             self.mixup = CutMix(cutmix_alpha, num_classes)
         else:

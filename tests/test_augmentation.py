@@ -130,6 +130,11 @@ def test_mixup_alpha_zero_mixes_nothing():
     torch.testing.assert_close(raw(inputs), indexed_images(8).float(), atol=1e-3, rtol=0)
 
 
+def test_mixup_and_cutmix_at_once_are_refused():
+    with pytest.raises(ValueError, match=r"mixup_alpha or cutmix_alpha, got both: 0\.3 and 1\.0"):
+        common.Mix(8, mixup_alpha=0.3, cutmix_alpha=1.0)
+
+
 def test_an_odd_last_image_sits_out_of_mixing():
     inputs, targets = common.Mix(9, mixup_alpha=0.3)(indexed_images(9), torch.arange(9))
     assert len(inputs) == len(targets) == 8
