@@ -57,6 +57,7 @@ def solarize(images: Tensor, level: Tensor) -> Tensor:
 TABLES = (autocontrast, equalize, posterize, solarize)
 OPERATIONS = (*(table.__name__ for table in TABLES), "rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 NOTHING = len(OPERATIONS)  # the operation of a chain that has come to its end
+WIDTH, DEPTH = 3, 3  # chains that are mixed, and the most operations in one: as the paper and timm have it
 
 
 def affine_maps(operation: Tensor, level: Tensor, height: int, width: int) -> Tensor:
@@ -130,11 +131,11 @@ class Draws(typing.NamedTuple):
     """What AugMix leaves to chance for N images; on the CPU."""
 
     operation: Tensor
-    """int64 (depth, width, N), indices into `OPERATIONS`; `NOTHING` beyond a chain's end"""
+    """int64 (DEPTH, WIDTH, N), indices into `OPERATIONS`; `NOTHING` beyond a chain's end"""
     level: Tensor
-    """float64 (depth, width, N), out of 10, its sign the direction of a map"""
+    """float64 (DEPTH, WIDTH, N), out of 10, its sign the direction of a map"""
     weights: Tensor
-    """float32 (width, N) of the chains, sum 1"""
+    """float32 (WIDTH, N) of the chains, sum 1"""
     share: Tensor
     """float32 (N,) of the mixed chains beside the image itself"""
 
@@ -146,34 +147,29 @@ class BatchedAugMix:
 
     Args:
         severity: largest level of an operation, out of 10; each draws one from U(0.1, severity).
-        width: chains that are mixed.
-        depth: operations in a chain; -1 draws 1 to 3.
-        alpha: parameter of the Dirichlet and Beta weights.
     """
 
-    def __init__(self, severity: float = 3.0, width: int = 3, depth: int = -1, alpha: float = 1.0):
-        self.severity, self.width, self.depth, self.alpha = severity, width, depth, alpha
+    def __init__(self, severity: float = 3.0):
+        self.severity = severity
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.mix(images, self.draw(len(images)))
 
     def draw(self, n: int) -> Draws:
-        longest = self.depth if self.depth > 0 else 3
-        shape = (longest, self.width, n)
+        shape = (DEPTH, WIDTH, n)
         operation = torch.randint(len(OPERATIONS), shape)
-        if self.depth < 0:
-            length = torch.randint(1, longest + 1, (self.width, n))
-            operation[torch.arange(longest).view(-1, 1, 1) >= length] = NOTHING
+        length = torch.randint(1, DEPTH + 1, (WIDTH, n))
+        operation[torch.arange(DEPTH).view(-1, 1, 1) >= length] = NOTHING
         level = torch.empty(shape, dtype=torch.float64).uniform_(0.1, self.severity)
         level *= torch.randint(2, shape) * 2 - 1
-        weights = torch.distributions.Dirichlet(torch.full((self.width,), self.alpha)).sample((n,)).T
-        share = torch.distributions.Beta(self.alpha, self.alpha).sample((n,))
+        weights = torch.distributions.Dirichlet(torch.ones(WIDTH)).sample((n,)).T
+        share = torch.distributions.Beta(1.0, 1.0).sample((n,))
         return Draws(operation, level, weights, share)
 
     def mix(self, images: Tensor, draws: Draws) -> Tensor:
         """The images' chains, mixed with weights, then with the images; both truncated to whole grey levels."""
         n = len(images)
-        chains = images.repeat(len(draws.weights), 1, 1, 1)
+        chains = images.repeat(WIDTH, 1, 1, 1)
         for operation, level in zip(draws.operation.flatten(1), draws.level.flatten(1), strict=True):
             chains = apply_operations(chains, operation, level)
         weights, share = (t.to(images.device, non_blocking=True)[..., None, None, None] for t in draws[2:])
@@ -200,10 +196,9 @@ class TimmAugMix:
         "ShearX", "ShearY", "TranslateXRel", "TranslateYRel",
     )  # fmt: skip
 
-    def __init__(self, severity: float = 3.0, width: int = 3, depth: int = -1, alpha: float = 1.0):
+    def __init__(self, severity: float = 3.0):
         hparams = dict(img_mean=(0, 0, 0), translate_pct=1 / 3, interpolation=Image.Resampling.BILINEAR)
-        self.augmix = AugMixAugment([AugMixOp(name, 1.0, severity, hparams) for name in self.operations], alpha)
-        self.augmix.width, self.augmix.depth = width, depth
+        self.augmix = AugMixAugment([AugMixOp(name, 1.0, severity, hparams) for name in self.operations])
 
     def __call__(self, images: Tensor) -> Tensor:
         pictures = [Image.fromarray(array) for array in images.permute(0, 2, 3, 1).cpu().numpy()]
