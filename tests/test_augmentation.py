@@ -237,26 +237,14 @@ def test_augmix_severity_range(monkeypatch):
     assert not values
 
 
-def test_augmix_gives_three_views_of_each_image(digits):
-    images, labels = digits
-    augment = undrawn(common.AugMix())
-    inputs, targets = augment(images, labels)
-    assert inputs.shape == (3 * len(images), *images.shape[1:]) and torch.equal(targets, labels)
-    clean, first, second = raw(inputs).chunk(3)
-    torch.testing.assert_close(clean, images.float(), atol=1e-3, rtol=0)
-    assert (first != second).flatten(1).any(1).float().mean() > 0.9
-    nearest = torch.cdist(first.flatten(1), clean.flatten(1)).argmin(1)  # still recognisable as its own image
-    assert (nearest == torch.arange(len(images))).float().mean() > 0.8
-
-
 def test_timms_augmix_chains():
     """Width and depth as AugMix's authors have them, seen through an operation that only counts."""
     augmix = TimmAugMix().augmix
     assert isinstance(augmix, AugMixAugment)
-    depths = []
-    augmix.ops = [lambda image: depths.append(1) or image]
-    n = 500
-    for _ in range(n):
+    calls, drawn = [], []
+    augmix.ops = [lambda image: calls.append(1) or image]
+    for _ in range(500):
         augmix(Image.new("RGB", (8, 8)))
-    assert augmix.width == 3 and n * 3 <= len(depths) <= n * 9
-    assert len(depths) / (3 * n) == pytest.approx(2, abs=0.1)  # 1 to 3 operations a chain
+        drawn.append(len(calls) - sum(drawn))
+    assert augmix.width == 3 and set(drawn) == set(range(3, 10))  # 1 to 3 operations a chain
+    assert np.mean(drawn) / 3 == pytest.approx(2, abs=0.1)

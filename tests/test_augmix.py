@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Callable
+from itertools import combinations
 from types import SimpleNamespace
 
 import numpy as np
@@ -72,16 +73,6 @@ def test_operation_agrees_with_pil(name, size):
         assert (difference > 0).float().mean() < 2e-3  # and hardly ever
 
 
-def test_each_image_gets_its_own_operation_and_nothing_leaves_it_alone():
-    images, level = make_images(40, (32, 32)), signed_levels(40)
-    operation = torch.arange(40) % (NOTHING + 1)
-    together = apply_operations(images.clone(), operation, level)
-    for i in range(40):
-        alone = apply_operations(images[i : i + 1].clone(), operation[i : i + 1], level[i : i + 1])
-        assert torch.equal(together[i], alone[0])
-    assert torch.equal(together[operation == NOTHING], images[operation == NOTHING])
-
-
 def test_same_draws_give_what_timm_gives(monkeypatch):
     """timm's own `AugMixAugment`, its random numbers replaced by ours."""
     n = 48
@@ -139,10 +130,9 @@ def test_draws_have_the_distribution_of_the_method():
     assert share.var().item() == pytest.approx(1 / 12, abs=0.002)
 
 
-@pytest.mark.parametrize("size", [(32, 32), (16, 16)], ids=str)
-def test_views_are_distributed_as_timms(size):
+def test_views_are_distributed_as_timms():
     """Many views of one image: mean, spread and distance from the image agree within five standard errors."""
-    n, image = 3000, make_images(1, size, seed=4)
+    n, image = 3000, make_images(1, (16, 16), seed=4)
     images = image.repeat(n, 1, 1, 1)
     torch.manual_seed(0), np.random.seed(0), random.seed(0)
     ours, timms = (augmix(images).double() for augmix in (BatchedAugMix(3.0), TimmAugMix(3.0)))
@@ -162,16 +152,15 @@ def test_views_are_distributed_as_timms(size):
 
 
 @pytest.mark.parametrize("backend", ["batched", "timm"])
-def test_augmentation_gives_the_clean_view_then_two(backend):
-    images, labels = make_images(6, (32, 32)), torch.arange(6)
-    torch.manual_seed(0), np.random.seed(0), random.seed(0)
+def test_augmentation_gives_the_clean_view_then_two(digits, backend):
+    images, labels = digits
     augment = common.AugMix(3.0, backend)
-    views, same_labels = augment(images, labels)
-    assert views.shape == (18, 3, 32, 32) and same_labels is labels
+    torch.manual_seed(0)
+    views, targets = augment(images, labels)
     torch.manual_seed(0)
     clean = common.normalize(augment.warp(images, *augment.draw(images)))
-    first, *augmented = views.chunk(3)
-    assert torch.equal(first, clean)
-    for view in augmented:
-        assert (view - clean).abs().mean() > 0.01 and (view - clean).abs().mean() < 1
-    assert not torch.equal(*augmented)
+    assert torch.equal(views.chunk(3)[0], clean) and torch.equal(targets, labels)
+    for view, other in combinations(views.chunk(3), 2):
+        assert (view != other).flatten(1).any(1).float().mean() > 0.9
+        nearest = torch.cdist(other.flatten(1), clean.flatten(1)).argmin(1)  # still recognisable as its own image
+        assert (nearest == torch.arange(len(images))).float().mean() > 0.8
