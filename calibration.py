@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -275,21 +274,16 @@ def _all_scores(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
-def reliability_diagram(metrics: CalibrationMetrics, title: str = "", path: Path | None = None, drawn_bins: int = 20):
+def reliability_diagram(metrics: CalibrationMetrics, title: str = ""):
     """Reliability diagram (Guo et al., 2017, fig. 1) over a histogram of confidence; bars of few images are pale.
 
-    Args:
-        metrics: from `calibration_metrics`; ECE and OE are shown as they are there.
-        path: file to write (PNG, SVG or PDF by its ending).
-        drawn_bins: bars; neighbouring bins are merged to this number where it divides theirs.
-
-    Returns:
-        The `matplotlib.figure.Figure`.
+    There are 20 bars where that divides the number of bins, else a bar for each; ECE and OE are those of `metrics`.
+    Returns the `matplotlib.figure.Figure`.
     """
     from matplotlib.figure import Figure  # not pyplot: no window, no state, safe in any thread
     from matplotlib.patches import Patch
 
-    n, accuracy, confidence = (values.numpy() for values in metrics.merged(drawn_bins))
+    n, accuracy, confidence = (values.numpy() for values in metrics.merged(20))
     filled, few, width = n > 0, (n > 0) & (n < FEW), 1 / len(n)
     mean_confidence = (n * confidence)[filled].sum() / n.sum()
     centers = (np.arange(len(n)) + 0.5) * width
@@ -322,6 +316,4 @@ def reliability_diagram(metrics: CalibrationMetrics, title: str = "", path: Path
     )
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
-    if path:
-        figure.savefig(path, dpi=200)
     return figure

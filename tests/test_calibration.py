@@ -126,12 +126,10 @@ def test_no_bins():
         calibration_metrics(np.eye(2), np.arange(2), n_bins=0)
 
 
-def test_reliability_diagram_draws_the_metrics(tmp_path):
+def test_reliability_diagram_draws_the_metrics():
     p, labels = random_case(n=500)
     metrics = calibration_metrics(p, labels)
-    path = tmp_path / "diagram.png"
-    figure = reliability_diagram(metrics, "a title", path)
-    assert path.stat().st_size > 10_000
+    figure = reliability_diagram(metrics, "a title")
     top, bottom = figure.axes
     assert f"ECE {metrics.ece:.4f}\nOE {metrics.oe:.4f}" in [text.get_text() for text in top.texts]
     assert top.get_title() == "a title"
