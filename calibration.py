@@ -79,29 +79,14 @@ def calibration_metrics(
     Args:
         probabilities: float (n, classes), on any device, rows summing to one within 1e-3.
         labels: integers (n,) in [0, classes).
+        n_bins: M, 1 or more.
 
     Raises:
-        ValueError: wrong shapes, no images, NaN, values that are no probabilities, labels out of range.
+        ValueError: wrong shapes, no images, NaN, values that are no probabilities, labels out of range, no bins.
     """
-    p, labels = torch.as_tensor(probabilities), torch.as_tensor(labels)
-    if p.ndim != 2 or labels.shape != p.shape[:1] or p.numel() == 0:
-        raise ValueError(
-            f"want probabilities (n, classes) and labels (n,), got {tuple(p.shape)} and {tuple(labels.shape)}"
-        )
-    if not p.is_floating_point() or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(f"want floating-point probabilities and integer labels, got {p.dtype} and {labels.dtype}")
+    p, labels = _checked(probabilities, labels)
     if n_bins < 1:
         raise ValueError(f"n_bins must be at least 1, got {n_bins}")
-    smallest, labels = torch.finfo(p.dtype).tiny, labels.to(p.device).long()
-    total = p.sum(1, dtype=torch.float64)  # sums are in float64, but never over a copy of p, which would take longer
-    if not (total.isfinite().all() and p.min() >= 0):
-        raise ValueError("probabilities must be finite and not negative")
-    if (total - 1).abs().max() > 1e-3:
-        raise ValueError(
-            f"each row of probabilities must sum to one, got sums from {total.min():.4g} to {total.max():.4g}"
-        )
-    if labels.min() < 0 or labels.max() >= p.shape[1]:
-        raise ValueError(f"labels must be in [0, {p.shape[1]}), got {int(labels.min())} to {int(labels.max())}")
 
     confidence, prediction = p.max(1)
     confidence, correct = confidence.double(), (prediction == labels).double()
@@ -118,12 +103,38 @@ def calibration_metrics(
         accuracy=correct.mean().item(),
         ece=(weight * gap.abs()).sum().item(),
         oe=(weight * bin_confidence * gap.clamp(min=0)).sum().item(),
-        nll=-p_label.clamp(min=smallest).log().mean().item(),
+        nll=-p_label.clamp(min=torch.finfo(p.dtype).tiny).log().mean().item(),
         brier=(sum_of_squares - 2 * p_label + 1).mean().item(),
         bin_count=count.cpu(),
         bin_accuracy=bin_accuracy.cpu(),
         bin_confidence=bin_confidence.cpu(),
     )
+
+
+def _checked(probabilities: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
+    """As tensors on the device of the probabilities, the labels int64.
+
+    Raises:
+        ValueError: they are not as `calibration_metrics` takes them.
+    """
+    p, labels = torch.as_tensor(probabilities), torch.as_tensor(labels)
+    if p.ndim != 2 or labels.shape != p.shape[:1] or p.numel() == 0:
+        raise ValueError(
+            f"want probabilities (n, classes) and labels (n,), got {tuple(p.shape)} and {tuple(labels.shape)}"
+        )
+    if not p.is_floating_point() or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"want floating-point probabilities and integer labels, got {p.dtype} and {labels.dtype}")
+    labels = labels.to(p.device).long()
+    total = p.sum(1, dtype=torch.float64)  # sums are in float64, but never over a copy of p, which would take longer
+    if not (total.isfinite().all() and p.min() >= 0):
+        raise ValueError("probabilities must be finite and not negative")
+    if (total - 1).abs().max() > 1e-3:
+        raise ValueError(
+            f"each row of probabilities must sum to one, got sums from {total.min():.4g} to {total.max():.4g}"
+        )
+    if labels.min() < 0 or labels.max() >= p.shape[1]:
+        raise ValueError(f"labels must be in [0, {p.shape[1]}), got {int(labels.min())} to {int(labels.max())}")
+    return p, labels
 
 
 def adaptive_ece(probabilities: Tensor, labels: Tensor, n_bins: int = 15) -> float:
