@@ -81,7 +81,7 @@ def ours(row: Row, than: Row, comparison: Comparison) -> list[float]:
     return [values[seed] - others[seed] for seed in shared]
 
 
-def clear(differences: Sequence[float]) -> bool:
+def significant(differences: Sequence[float]) -> bool:
     """Whether they are not zero but for chance: by Student's t-test, p < 0.05, which one alone cannot pass."""
     from scipy.stats import t
 
@@ -151,11 +151,11 @@ def _answer(question: Question, rows: dict[str, Row]) -> Iterator[str]:
             if not (differences := ours(row, than, comparison)):
                 line.append("")
                 continue
-            difference, is_clear = Statistic.of(differences), clear(differences)
+            difference, clear = Statistic.of(differences), significant(differences)
             text = plus_minus(metric, difference, " ± ", "+")
-            line.append(f"**{text}**" if is_clear else text)
-            if expected and not (is_clear and difference.mean * expected > 0):
-                unseen.append(f"`{row.row}`, {comparison.title} ({'the other way' if is_clear else 'may be chance'})")
+            line.append(f"**{text}**" if clear else text)
+            if expected and not (clear and difference.mean * expected > 0):
+                unseen.append(f"`{row.row}`, {comparison.title} ({'the other way' if clear else 'may be chance'})")
     yield f"### {question.text}"
     yield markdown_table(header, lines)
     if unseen:

@@ -44,15 +44,15 @@ def test_differences_are_of_the_seeds_that_both_have():
     assert questions.ours(a, b, ACCURACY) == questions.ours(a, Row("c", {}, "", ""), ECE) == []
 
 
-def test_what_is_clear_is_so_by_scipys_t_test():
+def test_what_is_significant_is_so_by_scipys_t_test():
     random, found = np.random.default_rng(0), []
     for n in (2, 3, 5, 20):
         for shift in np.linspace(0, 3, 30):
             differences = list(shift + random.normal(size=n))
-            found.append(questions.clear(differences))
+            found.append(questions.significant(differences))
             assert found[-1] == (ttest_1samp(differences, 0).pvalue < 0.05)
     assert 20 < sum(found) < 100
-    assert questions.clear([0.1, 0.1]) and not questions.clear([0.0, 0.0])
+    assert questions.significant([0.1, 0.1]) and not questions.significant([0.0, 0.0])
 
 
 def test_what_is_clear_is_bold_and_what_was_published_but_is_not_seen_is_named():
