@@ -163,7 +163,8 @@ def load_probabilities(path: Path) -> "dict[str, np.ndarray]":
                 raise ValueError(f"its {name} and labels do not fit together")
             if not ((p >= 0).all() and np.allclose(p.sum(1, dtype=np.float64), 1, atol=1e-3)):
                 raise ValueError(f"its {name} are no probabilities")
-        if not {"best", "last", "labels"} <= arrays.keys() or not len(arrays["labels"]):
+        needed = {"best", "last", "labels"} | ({"val"} if "selected" in arrays else set())
+        if not needed <= arrays.keys() or not len(arrays["labels"]):
             raise ValueError("it lacks predictions")
     return arrays
 

@@ -171,6 +171,7 @@ PREDICTIONS = {
     "labels out of range": (predictions(labels=np.arange(6)), "do not fit together"),
     "no labels": ({"best": predictions()["best"]}, "cannot be used"),
     "nothing": ({}, "it lacks predictions"),
+    "selected on no images": (predictions(selected=predictions()["best"]), "it lacks predictions"),
     "bomb": (predictions(best=np.zeros((3_000_000, 3), np.float32)), "far more than predictions do"),
 }  # fmt: skip
 
