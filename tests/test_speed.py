@@ -1,10 +1,12 @@
 """Every fast path against the plain one it stands for."""
 
+import gc
 import random
 import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import EventList, FunctionEvent
 
+import augmentation
 import common
 import training
 from augmentation import CutMix
@@ -96,7 +99,7 @@ def losses(
     """The loss of each step, the last one on a smaller batch: by `Trainer`, or by the plainest loop."""
     task, views = make_task(kind), 3 if kind == "wrn jsd" else 1
     torch.manual_seed(1)
-    sizes = [16] * (steps - 1) + [12]
+    sizes = [8] * (steps - 1) + [6]
     batches = [(torch.randn(size * views, 3, 16, 16).to(dtype), torch.randint(10, (size,))) for size in sizes]
     hyper = dict(lr=lr, momentum=0.9, weight_decay=5e-4)
     task.to(dtype).train()
@@ -244,6 +247,7 @@ def test_a_compiler_that_fails_is_noticed_and_named(monkeypatch, capsys):
     can_compile.cache_clear()
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_the_recipes(monkeypatch, tmp_path):
     """Not how fast they are, but that every kind of line can be measured, and the table written."""
     monkeypatch.setattr(speed, "start_up", lambda repeats: (2.0, 1.0))
@@ -295,27 +299,98 @@ def test_the_start_that_is_timed_is_a_recipes():
     exec(speed.OUR_START, {})
 
 
-def test_what_is_asked_of_a_new_gpu_is_answered(monkeypatch, capsys):
-    """On the CPU, which agrees with itself; of a view that is drawn anew, it would be seen."""
-    monkeypatch.setattr(new_gpu, "TEACHERS", ("teacher_cutmix",))
-    monkeypatch.setattr(new_gpu, "KINDS", ("kd_vanilla",))
-    monkeypatch.setattr(new_gpu, "MODELS", {"shufflenet_v1": 2})
-    cfg = new_gpu.Config(dataset="digits", steps=4, seconds=0.0)
-    bench = new_gpu.Bench(cfg)
-    for question in cfg.ask[:-1]:
-        getattr(bench, question)()
+@pytest.fixture
+def bench(monkeypatch) -> new_gpu.Bench:
+    """Questions about as little as there can be."""
+    monkeypatch.setitem(new_gpu.MODELS, "shufflenet_v1", 2)
+    rows = dict(views="teacher_cutmix", models="shufflenet_v1", losses="student_baseline", kernels="shufflenet_v1")
+    rows |= dict(speed="kd_vanilla", deterministic="student_baseline", waiting="kd_vanilla")
+    for question, row in rows.items():
+        monkeypatch.setitem(new_gpu.ROWS, question, (row,))
+    build = speed.build
+    monkeypatch.setattr(speed, "build", lambda *args, **settings: build(*args, batch_size=16, **settings))
+    return new_gpu.Bench(new_gpu.Config(dataset="digits", steps=4, seconds=0.0))
+
+
+@pytest.mark.slow
+def test_what_is_asked_of_a_new_gpu_is_answered(bench, monkeypatch, capsys):
+    """On the CPU, which agrees with itself; of views drawn anew and momenta that are lost, it would be seen."""
+    monkeypatch.setattr(torch, "compile", lambda model, **how: model)
+    for question in bench.cfg.ask:
+        bench.answer(question)
     answers = capsys.readouterr().out
+    assert not bench.failed
     assert "0.000 grey levels, 0.0000% of the pixels differ; targets by 0.0e+00" in answers
     errors = [float(error) for error in re.search("models .* fp32 (.*), bf16 (.*)", answers).groups()]
     assert errors[0] < 1e-5 < errors[1] < 0.1
-    losses = re.findall(r"losses    student_baseline .*: ([\d.]+)", answers)
-    assert len(losses) == 2 and float(losses[0]) == pytest.approx(float(losses[1]), abs=0.1)
-    rate, epoch, evaluation = re.search(
-        r"speed .* ([\d,]+) images/s, +([\d,.]+) s an epoch, ([\d.]+) s its", answers
-    ).groups()
-    assert float(epoch) == pytest.approx(50_000 / float(rate), rel=0.02) and float(evaluation) > 0
-    assert answers.count("kernels   ") == 4 and "kd_vanilla             same bits" in answers
+    losses = re.findall(r"losses +student_baseline .*: ([\d.]+)", answers)
+    assert len(losses) == 3 and [float(loss) for loss in losses] == pytest.approx([float(losses[0])] * 3, abs=0.1)
+    speeds = re.findall(r"speed .* ([\d,]+) images/s, +([\d,.]+) s an epoch, ([\d.]+) s its", answers)
+    assert len(speeds) == answers.count("hours         all 14 rows ") == 2
+    for rate, epoch, evaluation in speeds:
+        assert float(epoch) == pytest.approx(50_000 / float(rate), rel=0.02) and float(evaluation) > 0
+    assert answers.count("kernels   ") == 4
+    bits = re.findall("([a-z_]+) +compile (.*): again same bits, restored same bits(.*)", answers)
+    assert bits == [("student_baseline", "off", ", filled same bits"), ("kd_vanilla", "default", "")]
 
     monkeypatch.setattr(common, "seed_everything", lambda seed, epoch: None)
-    bench.views()
+    bench.answer("views")
     assert "0.0000%" not in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setattr(Trainer, "restore", lambda self, weights, momentum: self.model.load_state_dict(weights))
+    assert "again same bits, restored OTHER bits, filled same bits" in next(bench.deterministic("student_baseline"))
+
+
+def test_hours_are_those_of_all_rows_with_what_compiling_each_takes(bench, capsys):
+    bench.device, bench.precision = torch.device("cuda"), "bf16"
+    bench.seconds = {"off": {"kd_vanilla": (0.0, 2.0)}, "reduce-overhead": {"kd_vanilla": (720.0, 1.0)}}  # of five rows
+    for compile in bench.seconds:
+        bench.hours(compile)
+    answers = capsys.readouterr().out
+    assert "compile off: quick 0.1 h (auto), short 0.7 h, paper 1.4 h\n" in answers
+    assert "compile reduce-overhead: quick 1.0 h, short 1.3 h (auto), paper 1.7 h (auto)\n" in answers
+
+
+def test_an_error_costs_a_new_gpu_no_other_answer(bench, monkeypatch, capsys):
+    monkeypatch.setitem(new_gpu.ROWS, "models", ("no_model", "shufflenet_v1"))
+    monkeypatch.setattr(sys, "argv", ["new_gpu.py", "--dataset", "digits", "--ask", "models", "views"])
+    with pytest.raises(SystemExit) as stop:
+        new_gpu.main()
+    assert stop.value.code == "error: no answer for models no_model"  # which is status 1
+    answers = capsys.readouterr().out
+    assert re.search(r"models +no_model +FAILED at new_gpu.py:\d+, RuntimeError: Unknown model", answers)
+    assert re.search(r"models +shufflenet_v1 +fp32", answers) and re.search(r"views +teacher_cutmix +largest", answers)
+
+
+def test_a_row_of_a_new_gpu_leaves_nothing_to_the_next_even_if_it_fails(bench, monkeypatch, capsys):
+    real, alive = bench.trainer, []
+
+    def trainer(*args):
+        alive.append(sum(type(thing) is Trainer for thing in gc.get_objects()))
+        return real(*args)
+
+    def full(step, *args):
+        raise torch.OutOfMemoryError("CUDA out of\nmemory")
+
+    monkeypatch.setattr(bench, "trainer", trainer)
+    monkeypatch.setattr(new_gpu, "images_per_second", full)
+    monkeypatch.setitem(new_gpu.ROWS, "speed", ("student_baseline", "kd_vanilla"))
+    bench.answer("speed")
+    assert alive == [0, 0] and bench.failed == ["speed student_baseline", "speed kd_vanilla"]
+    answers = capsys.readouterr().out
+    assert answers.count(", OutOfMemoryError: CUDA out of memory\n") == 2
+    assert "not known, for want of student_baseline, kd_vanilla" in answers
+
+
+def test_where_a_step_waits_for_a_gpu_is_named(bench, monkeypatch):
+    bench.device, modes = torch.device("cuda"), []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    lines = Path(augmentation.__file__).read_text().splitlines()
+    line = 1 + next(i for i, text in enumerate(lines) if "torch.randint(" in text)
+    errors = {"called a synchronizing CUDA operation": f"WAITS at augmentation.py:{line}", "CUDA error: other": None}
+    for message, answer in errors.items():
+        draws = [torch.zeros(2, 16, dtype=torch.int64), RuntimeError(message)]  # of a first step, and of a second
+        monkeypatch.setattr(torch, "randint", Mock(side_effect=draws))
+        with nullcontext() if answer else pytest.raises(RuntimeError, match=message):
+            assert list(bench.waiting("kd_vanilla")) == [answer]
+    assert modes == ["error", "default"] * 2
