@@ -265,6 +265,8 @@ def _read_folder(name: str, data_dir: Path, image_size: int) -> Dataset:
         raise UserError(
             f"train and test in {data_dir} differ in their class folders: {', '.join(odd[:5])} (--data-dir)"
         )
+    if len(train) == 1:
+        raise UserError(f"{data_dir} has images of one class, {min(train)}: nothing to tell apart (--data-dir)")
     splits = []
     for split, found in (("train", train), ("test", test)):
         files = [file for files in found.values() for file in files]

@@ -161,10 +161,10 @@ def load_probabilities(path: Path) -> "dict[str, np.ndarray]":
             fits = p.ndim == 2 and p.dtype.kind == "f" and labels.shape == p.shape[:1] and labels.dtype.kind == "i"
             if not fits or not ((labels >= 0) & (labels < p.shape[1])).all():
                 raise ValueError(f"its {name} and labels do not fit together")
-            if not ((p >= 0).all() and np.allclose(p.sum(1, dtype=np.float64), 1, atol=1e-3)):
+            if not ((p >= 0).all() and np.allclose(p.sum(1, dtype=np.float64), 1, rtol=0, atol=1e-3)):
                 raise ValueError(f"its {name} are no probabilities")
         needed = {"best", "last", "labels"} | ({"val"} if "selected" in arrays else set())
-        if not needed <= arrays.keys() or not len(arrays["labels"]):
+        if not needed <= arrays.keys() or len(arrays["labels"]) < 2:  # two, for temperatures are cross-fitted
             raise ValueError("it lacks predictions")
     return arrays
 

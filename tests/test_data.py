@@ -1,5 +1,6 @@
 import functools
 import hashlib
+import itertools
 import os
 import pickle
 import shutil
@@ -46,9 +47,9 @@ def test_image_folder(image_folder):
 
 def test_image_folder_pixels_are_the_files(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
-    for split in ("train", "test"):
-        (tmp_path / split / "only").mkdir(parents=True)
-        Image.fromarray(image).save(tmp_path / split / "only" / "a.png")
+    for split, name in itertools.product(("train", "test"), ("one", "two")):
+        (tmp_path / split / name).mkdir(parents=True)
+        Image.fromarray(image).save(tmp_path / split / name / "a.png")
     data = load_dataset("folder", tmp_path)
     np.testing.assert_array_equal(data.train_images[0].permute(1, 2, 0), image)
 
@@ -209,6 +210,13 @@ def test_damaged_torchvision_files(tmp_path):
 def test_a_damaged_image_is_named_not_skipped(image_folder):
     os.truncate(image_folder / "test" / "bee" / "2.png", 200)
     with pytest.raises(UserError, match=r"cannot read the image .*test/bee/2.png"):
+        load_dataset("folder", image_folder)
+
+
+def test_one_class_is_nothing_to_learn(image_folder):
+    for name in ("train/ant", "train/bee", "test/ant", "test/bee"):
+        shutil.rmtree(image_folder / name)
+    with pytest.raises(UserError, match="images of one class, cat: nothing to tell apart"):
         load_dataset("folder", image_folder)
 
 

@@ -171,6 +171,8 @@ PREDICTIONS = {
     "labels out of range": (predictions(labels=np.arange(6)), "do not fit together"),
     "no labels": ({"best": predictions()["best"]}, "cannot be used"),
     "nothing": ({}, "it lacks predictions"),
+    "of one image": ({name: array[:1] for name, array in predictions().items()}, "it lacks predictions"),
+    "almost summing to one": (predictions(last=predictions()["last"] * np.float32(1.00105)), "no probabilities"),
     "selected on no images": (predictions(selected=predictions()["best"]), "it lacks predictions"),
     "bomb": (predictions(best=np.zeros((3_000_000, 3), np.float32)), "far more than predictions do"),
 }  # fmt: skip
