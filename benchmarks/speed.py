@@ -44,6 +44,7 @@ import common
 from augmix import TimmAugMix
 from calibration import calibration_metrics
 from cifar_models import CIFAR_MEAN, CIFAR_STD
+from training import Compile, Precision
 
 # (name, recipe, what the reference does to a batch, further settings)
 ROWS = (
@@ -75,9 +76,9 @@ class Config:
     """worker processes of the reference"""
     rows: str = ""
     """measure only rows whose name matches this regular expression"""
-    compile: common.Compile = "auto"
+    compile: Compile = "auto"
     """as the recipes' --compile; auto decides as for a run of the paper's length"""
-    precision: common.Precision = "auto"
+    precision: Precision = "auto"
     """as the recipes' --precision"""
     out: Path = Path(__file__).parent
     """folder of the report"""

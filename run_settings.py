@@ -1,0 +1,187 @@
+"""Protocols and settings: what there is to set, within which bounds, and what makes a run another run."""
+
+import dataclasses
+import json
+import math
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from run_files import UserError
+from training import Compile, Precision
+
+
+class Protocol(typing.NamedTuple):
+    epochs: int
+    milestones: tuple[int, ...]
+    """epochs after which the learning rate is divided by 10"""
+    dataset: str
+    train_size: int | None = None
+
+
+PROTOCOLS = {
+    "paper": Protocol(500, (150, 180, 210), "cifar100"),
+    "short": Protocol(240, (150, 180, 210), "cifar100"),
+    "quick": Protocol(30, (19, 23, 27), "cifar100"),
+    "cpu": Protocol(5, (4,), "cifar100", train_size=5000),
+    "smoke": Protocol(4, (3,), "digits"),
+}
+
+# A type's bound, in words and as a test; `resolve` holds every setting to it.
+Positive = typing.Annotated[float, "greater than 0 and below 1e6", lambda v: 0 < v < 1e6]
+NonNegative = typing.Annotated[float, "0 or more and below 1e6", lambda v: 0 <= v < 1e6]
+Count = typing.Annotated[int, "1 or more", lambda v: v >= 1]
+Seed = typing.Annotated[int, "0 or more", lambda v: v >= 0]
+BatchSize = typing.Annotated[int, "2 or more", lambda v: v >= 2]  # batch norm needs two
+EvenBatchSize = typing.Annotated[int, "even and 2 or more", lambda v: v >= 2 and v % 2 == 0]  # mixing pairs images
+Fraction = typing.Annotated[float, "above 0 and at most 1", lambda v: 0 < v <= 1]
+Severity = typing.Annotated[float, "from 0.1 to 10", lambda v: 0.1 <= v <= 10]
+Pixels = typing.Annotated[int, "from 16 to 1024", lambda v: 16 <= v <= 1024]
+TeacherName = typing.Annotated[str, tyro.conf.arg(aliases=("--teacher-artifact",))]
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Settings that a row hands on to the rows it builds upon."""
+
+    protocol: Literal["paper", "short", "quick", "cpu", "smoke"] = "paper"
+    """how long to train: paper is 500 epochs, short 240, quick 30; cpu is 5 on a tenth of the images, smoke 4 on the
+    bundled digits"""
+    epochs: Count | None = None
+    """epochs, if not the protocol's; its milestones then keep their place in proportion"""
+    milestones: tuple[Count, ...] | None = None
+    """epochs after which the learning rate is divided by 10, if not the protocol's"""
+    seed: Seed = 0
+    """decides the initial weights, the order of the images and every augmentation"""
+    dataset: Literal["cifar100", "digits", "folder"] | None = None
+    """images to train on, if not the protocol's; folder is {train,test}/<class>/<image> in --data-dir"""
+    data_dir: Path = Path("data")
+    """where the images are; CIFAR-100 is downloaded there if it is not"""
+    image_size: Pixels = 32
+    """side to which the images of --dataset folder are resized"""
+    train_size: Count | None = None
+    """train on so many images only, if not the protocol's number, spread evenly over the classes"""
+    val_size: Count | None = None
+    """hold out so many training images: the epoch `selected` and its temperature are chosen on them"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU if there is one"""
+    results_dir: Path = Path("results")
+    """where run folders go: <protocol>/<row>/seed<k>, or seed<k>-<hash> for settings that are not the row's own"""
+    wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """Weights & Biases: auto obeys WANDB_MODE, else is online where a key is configured and offline elsewhere"""
+    deterministic: bool = False
+    """have a GPU give the same bits every time, as a CPU does; slower"""
+    teacher_from: Literal["results", "train"] = "results"
+    """where a teacher or member comes from that is not trained yet: results is the half-precision weights published
+    under results/, if there are any, train is its recipe"""
+    share_teachers: bool = False
+    """keep what teachers say of every view in results/teacher_outputs/, for all students of the same seed and batch
+    size: same bits in less time, for 20 MB an epoch and teacher on CIFAR-100. Not for students of augmentations of
+    their own, nor for one run on several GPUs: those ask anew"""
+    wandb_project: str | None = None
+    """project there, if not WANDB_PROJECT or calibrated-distillation"""
+    wandb_charts: Count = 10
+    """calibration curves are logged at so many epochs, evenly, and at the last"""
+    wandb_thumbnails: bool = False
+    """log the 64 test images that are most confidently mistaken, as pictures"""
+    overwrite: bool = False
+    """start this row over, even if it is finished"""
+
+
+@dataclass(kw_only=True)
+class TrainConfig(Config):
+    """Settings of a row that trains. The optimiser is SGD, with weight decay on every parameter."""
+
+    lr: Positive = 0.05
+    """learning rate at the start"""
+    batch_size: BatchSize = 128
+    """images a step"""
+    momentum: NonNegative = 0.9
+    """momentum, without Nesterov's"""
+    weight_decay: NonNegative = 5e-4
+    """L2 penalty"""
+    compile: Compile = "auto"
+    """mode of torch.compile; auto compiles where the run is long enough to win the minutes back"""
+    precision: Precision = "auto"
+    """of the models' arithmetic while they train: auto is bf16 on a GPU that has it and fp32 elsewhere; losses and
+    evaluation are fp32 always, with TF32 convolutions on a GPU"""
+
+
+# Settings that leave a run the same run: where it happens, and what at most moves the last bits of its numbers.
+NOT_IDENTITY = {
+    "protocol",
+    "seed",
+    "data_dir",
+    "device",
+    "results_dir",
+    "overwrite",
+    "teacher_from",
+    "share_teachers",
+    "compile",
+    "deterministic",
+    "wandb_mode",
+    "wandb_project",
+    "wandb_charts",
+    "wandb_thumbnails",
+}
+
+
+def resolve(cfg: Config) -> Config:
+    """Fill in what the protocol decides, and hold every setting to its type's bound.
+
+    Raises:
+        UserError: a value out of bounds; it names the flag and what it takes.
+    """
+
+    def bounds(hint) -> Iterator[tuple[str, Callable[[Any], bool]]]:
+        if len(getattr(hint, "__metadata__", ())) == 2:
+            yield hint.__metadata__
+        for part in typing.get_args(hint):
+            yield from bounds(part)
+
+    for name, hint in typing.get_type_hints(type(cfg), include_extras=True).items():
+        value = getattr(cfg, name)
+        for text, holds in bounds(hint):
+            for v in value if isinstance(value, tuple) else (value,):
+                if v is not None and not holds(v):
+                    raise UserError(f"{flag(name)} must be {text}, not {v}")
+    weights = {name: value for name, value in vars(cfg).items() if name.endswith("_weight")}
+    if weights and not any(weights.values()):
+        raise UserError(f"{' and '.join(flag(name) for name in weights)} must not all be 0")
+    protocol = PROTOCOLS[cfg.protocol]
+    epochs = cfg.epochs or protocol.epochs
+    if cfg.milestones and list(cfg.milestones) != sorted(m for m in cfg.milestones if m <= epochs):
+        raise UserError(f"--milestones must rise and end by epoch {epochs}, not {' '.join(map(str, cfg.milestones))}")
+    in_proportion = tuple(math.ceil(m * epochs / protocol.epochs) for m in protocol.milestones)
+    dataset = cfg.dataset or protocol.dataset
+    decided = {
+        "epochs": epochs,
+        "milestones": cfg.milestones or in_proportion,
+        "dataset": dataset,
+        "train_size": cfg.train_size or (protocol.train_size if dataset == protocol.dataset else None),
+    }
+    return dataclasses.replace(cfg, **decided)
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def settings(cfg: Config) -> dict[str, Any]:
+    """The settings as JSON holds them."""
+    return json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
+
+
+def identity(cfg: Config) -> dict[str, Any]:
+    """The settings that decide a run's numbers, beside protocol, row and seed."""
+    return {k: v for k, v in settings(cfg).items() if k not in NOT_IDENTITY}
+
+
+def changes(cfg: Config) -> dict[str, Any]:
+    """What of a resolved `cfg`'s identity is not the row's own under the same protocol."""
+    own = identity(resolve(type(cfg)(protocol=cfg.protocol)))
+    return {k: v for k, v in identity(cfg).items() if v != own[k]}
