@@ -12,6 +12,7 @@ from conftest import ROOT
 from image_data import load_dataset
 
 
+@pytest.mark.slow
 def test_the_real_cifar100(cifar100):
     data = load_dataset("cifar100", cifar100)  # refuses anything but CIFAR-100's fingerprint
     assert data.train_images.shape == (50_000, 3, 32, 32) and data.test_images.shape == (10_000, 3, 32, 32)

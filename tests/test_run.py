@@ -21,7 +21,7 @@ import common
 from run_files import UserError, atomic_write, load_probabilities, load_weights, sha256
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_to_the_same_bits(precision, tmp_path, monkeypatch, capsys):
     settings = dict(precision=precision, **THREE_STEPS)
     result, whole = run_row("teacher_cutmix", tmp_path / "whole", **settings)
@@ -458,7 +458,7 @@ def test_wandb_that_fails_costs_a_warning(tmp_path, monkeypatch, capsys):
 def test_a_long_run_on_a_cpu_says_so(tmp_path, monkeypatch, capsys):
     in_epoch(monkeypatch, 3)  # after six steps of the first epoch
     with pytest.raises(Killed):
-        run_row("student_baseline", tmp_path, epochs=500_000, train_size=192, batch_size=32)
+        run_row("student_baseline", tmp_path, epochs=500_000, train_size=192, batch_size=32, compile="off")
     assert "student_baseline will take about" in capsys.readouterr().out
 
 

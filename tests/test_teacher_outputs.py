@@ -42,6 +42,7 @@ def same_bits(a, b) -> bool:
     return all((a / name).read_bytes() == (b / name).read_bytes() for name in files) and history(a) == history(b)
 
 
+@pytest.mark.slow
 def test_students_that_share_give_the_same_bits_and_ask_a_teacher_once(tmp_path, monkeypatch):
     def run(settings, **more):
         row, settings = settings
