@@ -83,6 +83,8 @@ class Bench:
             self.hours(mode)
             self.ask("losses", ROWS["losses"], mode)
             self.ask("deterministic", ("kd_vanilla",), mode)
+        elif question == "waiting" and self.device.type != "cuda":
+            print(f"{question:13} there is no GPU to wait for")
         else:
             self.ask(question, ROWS[question])
             if question == "speed":
@@ -168,9 +170,6 @@ class Bench:
 
     def waiting(self, row: str) -> Iterator[str]:
         """What in a step, augmentation included, makes the CPU wait for the device, if anything does."""
-        if self.device.type != "cuda":
-            yield "there is no GPU to wait for"
-            return
         run, trainer = self.trainer(row)
         batches = self.batches(run)
         trainer.step(*next(batches))
