@@ -4,13 +4,16 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-FEW = 10  # images: in a picture, the accuracy of fewer says nothing
+from consistency import consistency_bars, errors_by_chance
+from run_files import atomic_write, write_csv
+
 MAX_TEMPERATURE = 1000.0  # and its inverse: no fit is looked for beyond
 
 
@@ -34,6 +37,12 @@ class CalibrationMetrics:
     def scores(self) -> dict[str, float]:
         return {name: getattr(self, name) for name in ("accuracy", "ece", "oe", "nll", "brier")}
 
+    @property
+    def bins(self) -> list[dict[str, Any]]:
+        """The bins, a line of `reliability.csv` each."""
+        bins = zip(self.bin_count.tolist(), self.bin_accuracy.tolist(), self.bin_confidence.tolist(), strict=True)
+        return [{"count": n, "accuracy": f"{a:.6g}", "confidence": f"{c:.6g}"} for n, a, c in bins]
+
     def merged(self, n_bins: int) -> tuple[Tensor, Tensor, Tensor]:
         """Count, accuracy and confidence, float64 (n_bins,), over wider bins; over its own where `n_bins` does not
         divide their number. Accuracy and confidence are NaN in an empty bin."""
@@ -42,12 +51,6 @@ class CalibrationMetrics:
         sums = (count * v for v in (1, self.bin_accuracy, self.bin_confidence))
         n, correct, confident = (values.view(n_bins, -1).sum(1) for values in sums)
         return n, correct / n, confident / n
-
-    @property
-    def bins_csv(self) -> str:
-        """The bins as CSV: what the reliability diagram is drawn from, so that it can be without the predictions."""
-        bins = zip(self.bin_count.tolist(), self.bin_accuracy.tolist(), self.bin_confidence.tolist(), strict=True)
-        return "".join(["count,accuracy,confidence\n", *(f"{n},{a:.6g},{c:.6g}\n" for n, a, c in bins)])
 
 
 @contextmanager
@@ -220,10 +223,9 @@ def calibration_scores(
 ) -> dict[str, Any]:
     """All that a run reports of one set of predictions, as they are and after temperature scaling.
 
-    Without `validation`, scaling is cross-fitted: the temperature is fitted on every second image of each class and
-    measured on the others, then the other way round, and the two measurements are averaged (each is over half of the
-    images, where a binned error is biased upwards a little more than over all of them). With it, the temperature is
-    fitted there, once, and measured on all images.
+    Without `validation`, scaling is cross-fitted: of every second image of each class the temperature is fitted on the
+    others, so that none has a part in its own. With it, one temperature is fitted there. Either way all images are
+    measured together, as they are before scaling, for an error in bins depends on how many fall into them.
 
     Args:
         probabilities: float (n, classes), n at least 2; float32 as stored, so that they give the same numbers later.
@@ -232,8 +234,7 @@ def calibration_scores(
 
     Returns:
         accuracy, ece and oe (100 bins), nll, brier, ece_15, adaptive_ece and classwise_ece (15 bins);
-        `temperatures`, the two fitted ones or the one; and `scaled`, the same after scaling but for the accuracy,
-        which stays.
+        `temperatures`, the two fitted ones or the one; and `scaled`, the same metrics after scaling.
 
     Raises:
         ValueError: as `calibration_metrics`.
@@ -241,20 +242,15 @@ def calibration_scores(
     scores = _all_scores(probabilities, labels)  # first, for it checks the input
     if validation:
         temperatures = [fit_temperature(*validation)]
-        scaled = [_all_scores(scale_temperature(probabilities, *temperatures), labels)]
+        scaled = scale_temperature(probabilities, *temperatures)
     else:
         order = labels.argsort(stable=True)
-        halves = [(probabilities[half], labels[half]) for half in (order[::2], order[1::2])]
-        temperatures = [fit_temperature(*half) for half in reversed(halves)]
-        scaled = [
-            _all_scores(scale_temperature(p, temperature), y)
-            for (p, y), temperature in zip(halves, temperatures, strict=True)
-        ]
-    return {
-        **scores,
-        "temperatures": temperatures,
-        "scaled": {name: sum(part[name] for part in scaled) / len(scaled) for name in scores if name != "accuracy"},
-    }
+        halves = order[::2], order[1::2]
+        temperatures = [fit_temperature(probabilities[half], labels[half]) for half in reversed(halves)]
+        scaled = probabilities.new_empty(probabilities.shape, dtype=torch.float64)
+        for half, temperature in zip(halves, temperatures, strict=True):
+            scaled[half] = scale_temperature(probabilities[half], temperature)
+    return {**scores, "temperatures": temperatures, "scaled": _all_scores(scaled, labels)}
 
 
 def scores_of_run(arrays: Mapping[str, Tensor | np.ndarray]) -> dict[str, dict[str, Any]]:
@@ -286,45 +282,54 @@ def _all_scores(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def reliability_diagram(metrics: CalibrationMetrics, title: str = ""):
-    """Reliability diagram (Guo et al., 2017, fig. 1) over a histogram of confidence; bars of few images are pale.
+    """Reliability diagram (Guo et al., 2017, fig. 1) with consistency bars (Bröcker & Smith, 2007) over a histogram of
+    confidence.
 
-    There are 20 bars where that divides the number of bins, else a bar for each; ECE and OE are those of `metrics`.
-    Returns the `matplotlib.figure.Figure`.
+    There are 20 bars where that divides the number of bins, else a bar for each; ECE and OE are those of `metrics`,
+    with those that a perfectly calibrated model would have by chance. Returns the `matplotlib.figure.Figure`.
     """
     from matplotlib.figure import Figure  # not pyplot: no window, no state, safe in any thread
     from matplotlib.patches import Patch
 
     n, accuracy, confidence = (values.numpy() for values in metrics.merged(20))
-    filled, few, width = n > 0, (n > 0) & (n < FEW), 1 / len(n)
-    mean_confidence = (n * confidence)[filled].sum() / n.sum()
-    centers = (np.arange(len(n)) + 0.5) * width
+    filled, width = n > 0, 1 / len(n)
+    centers = ((np.arange(len(n)) + 0.5) * width)[filled]
+    count, accuracy, confidence = n[filled], accuracy[filled], confidence[filled]
+    mean_confidence = (count * confidence).sum() / n.sum()
+    ece, oe = errors_by_chance(metrics.bin_count, metrics.bin_confidence)
 
     figure = Figure(figsize=(3.6, 4.9), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     blue, red = "#3b6ea5", "#d1495b"
     bar = dict(width=width, linewidth=0.5)
-    for bins, alpha in ((filled & ~few, 1.0), (few, 0.25)):
-        x, height, gap = centers[bins], accuracy[bins], (confidence - accuracy)[bins]
-        solid = dict(facecolor=(blue, alpha), edgecolor="white")
-        hatched = dict(facecolor=(red, 0.25 * alpha), edgecolor=(red, alpha), hatch="////")
-        top.bar(x, height, **solid, **bar)
-        top.bar(x, gap, bottom=height, **hatched, **bar)
+    gap = dict(facecolor=(red, 0.25), edgecolor=red, hatch="////")
+    top.bar(centers, accuracy, color=blue, edgecolor="white", **bar)
+    top.bar(centers, confidence - accuracy, bottom=accuracy, **gap, **bar)
+    bars = top.vlines(
+        centers, *consistency_bars(count, confidence), color="0.15", linewidth=1, label="calibrated, 95 %"
+    )
     top.plot([0, 1], [0, 1], "--", color="0.3", linewidth=1)
+    text = f"ECE {metrics.ece:.4f}, by chance {ece:.4f}\nOE {metrics.oe:.4f}, by chance {oe:.4f}"
     top.text(
-        0.97, 0.05, f"ECE {metrics.ece:.4f}\nOE {metrics.oe:.4f}", transform=top.transAxes, ha="right", va="bottom",
+        0.97, 0.04, text, transform=top.transAxes, fontsize="small", ha="right", va="bottom",
         bbox=dict(facecolor="white", edgecolor="0.8", boxstyle="round,pad=0.4"),
     )  # fmt: skip
     top.set(xlim=(0, 1), ylim=(0, 1), ylabel="Accuracy", title=title)
-    bottom.bar(centers, n / n.sum(), color="0.55", edgecolor="white", **bar)
+    bottom.bar((np.arange(len(n)) + 0.5) * width, n / n.sum(), color="0.55", edgecolor="white", **bar)
     bottom.axvline(metrics.accuracy, color=blue, linewidth=1.2, label="mean accuracy")
     bottom.axvline(mean_confidence, color=red, linewidth=1.2, linestyle="--", label="mean confidence")
-    pale = f"; pale: fewer than {FEW} images" if few.any() else ""
-    bottom.set(xlabel=f"Confidence{pale}", ylabel="Share of images")
-    swatch = dict(facecolor=(red, 0.25), edgecolor=red, hatch="////")
-    patches = [Patch(facecolor=blue, label="accuracy"), Patch(**swatch, label="gap to confidence")]
+    bottom.set(xlabel="Confidence", ylabel="Share of images")
+    patches = [Patch(facecolor=blue, label="accuracy"), Patch(**gap, label="gap to confidence")]
     figure.legend(
-        handles=[*patches, *bottom.lines], loc="outside lower center", ncols=2, frameon=False, fontsize="small"
+        handles=[*patches, bars, *bottom.lines], loc="outside lower center", ncols=2, frameon=False, fontsize="small"
     )
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def write_reliability(folder: Path, metrics: CalibrationMetrics, row: str, epoch: int | None) -> None:
+    """Write a run's `reliability.png` and the bins that it is drawn from, `reliability.csv`."""
+    write_csv(folder / "reliability.csv", metrics.bins)
+    with atomic_write(folder / "reliability.png") as file:
+        reliability_diagram(metrics, f"{row}, epoch {epoch}" if epoch else row).savefig(file, dpi=200)

@@ -40,8 +40,9 @@ import checkpoint
 import cifar_models  # noqa: F401 registers its models with timm
 import data_parallel
 from augmentation import AugMix, CutOut, Mix, Standard, normalize  # noqa: F401 as below
-from calibration import calibration_metrics, reliability_diagram, scores_of_run
+from calibration import calibration_metrics, scores_of_run, write_reliability
 from command_line import orderly_end, parse
+from consistency import errors_by_chance
 from image_data import Dataset, load_dataset
 from objectives import EnsembleDistillationTask, JsdTask, Reduction, Teacher  # noqa: F401 as above
 from run_files import (
@@ -51,6 +52,7 @@ from run_files import (
     load_probabilities,
     load_weights,
     locked,
+    read_csv,
     read_published,
     read_result,
     save_weights,
@@ -629,15 +631,12 @@ class Run:
                 "where every image is classified right, or hardly more are than by chance",
                 file=sys.stderr,
             )
-        metrics, epoch = calibration_metrics(arrays["best"], arrays["labels"]), choices["best"]["epoch"]
+        metrics = calibration_metrics(arrays["best"], arrays["labels"])
         with atomic_write(self.path / "probabilities.npz") as file:
             np.savez_compressed(file, **arrays)
         with atomic_write(self.path / HALF["probabilities.npz"]) as file:
             np.savez_compressed(file, **{k: v.log().half() if v.is_floating_point() else v for k, v in arrays.items()})
-        with atomic_write(self.path / "reliability.csv") as file:
-            file.write(metrics.bins_csv.encode())
-        with atomic_write(self.path / "reliability.png") as file:
-            reliability_diagram(metrics, f"{self.row}, epoch {epoch}" if epoch else self.row).savefig(file, dpi=200)
+        write_reliability(self.path, metrics, self.row, choices["best"]["epoch"])
         result = {
             "row": self.row,
             "protocol": self.cfg.protocol,
@@ -705,13 +704,13 @@ def cli(main: Callable[[Config, Run], None]) -> None:
     sys.stdout.reconfigure(line_buffering=True)  # a log file has an epoch's line when the epoch is over
     with orderly_end(": the same command goes on after the last finished epoch (without --overwrite)"):
         cfg = parse(config_type(main), main.__globals__["__doc__"])
-        result = run_row(row, main, cfg)
-    print(summary(result, Run(row, cfg).path))
+        print(summary(run_row(row, main, cfg), Run(row, cfg).path))
     data_parallel.leave()
 
 
 def summary(result: dict[str, Any], path: Path) -> str:
-    """The row as people read it: accuracy in percent, published and ours, and where the files are."""
+    """The row as people read it: accuracy in percent, published and ours, the errors that a perfectly calibrated model
+    would have by chance, and where the files are."""
     lines = [f"{result['row']}, protocol {result['protocol']}, seed {result['seed']}, {result['dataset']}"]
     lines.append(f"{'':22}{'accuracy':>10}{'ECE':>9}{'OE':>9}")
     for name in ("published", "best", "last", "selected"):
@@ -726,4 +725,8 @@ def summary(result: dict[str, Any], path: Path) -> str:
             elif name == "published" and result["changes"] and numbers == published(result["row"], {}):
                 label = "published, row's own"  # nothing was published for this variant
             lines.append(f"{label:22}{numbers['accuracy']:>9.2%} {numbers['ece']:>9.4f}{numbers['oe']:>9.4f}")
+    if (file := path / "reliability.csv").is_file():
+        bins = read_csv(file)
+        ece, oe = errors_by_chance(*([b[name] for b in bins] for name in ("count", "confidence")))
+        lines.append(f"{'calibrated, by chance':32}{ece:>9.4f}{oe:>9.4f}")
     return "\n".join([*lines, f"result   {path / 'result.json'}", f"diagram  {path / 'reliability.png'}"])

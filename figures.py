@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
-from calibration import FEW
+from consistency import consistency_bars
 from rows import Row, plus_minus
 from run_files import atomic_write
 
@@ -36,6 +36,7 @@ STYLE = {
     "legend.frameon": False,
     "svg.hashsalt": "calibrated-distillation",
 }
+FEW = 10  # images: the accuracy of fewer says nothing
 WIDTH = 7.0  # inches: the text of a two-column page
 
 
@@ -118,27 +119,32 @@ def _pooled_bins(row: Row, drawn: int = 20) -> np.ndarray:
 
 
 def reliability(rows: Sequence[Row]) -> Figure:
-    """Reliability diagrams (Guo et al., 2017, fig. 1) side by side: accuracy over confidence in 20 bins."""
+    """Reliability diagrams (Guo et al., 2017, fig. 1) side by side: accuracy over confidence in 20 bins, with the
+    consistency bars of one run, for its seeds have the same test images."""
 
     def plot(axes: Axes, row: Row) -> None:
-        count, correct, confident = _pooled_bins(row)
-        filled = count >= FEW
-        centers = ((np.arange(len(count)) + 0.5) / len(count))[filled]
-        accuracy, confidence = correct[filled] / count[filled], confident[filled] / count[filled]
-        bar = {"width": 1 / len(count), "linewidth": 0.4}
+        bins = _pooled_bins(row)
+        filled = bins[0] > 0
+        centers = ((np.arange(len(filled)) + 0.5) / len(filled))[filled]
+        count, correct, confident = bins[:, filled]
+        accuracy, confidence = correct / count, confident / count
+        bar = {"width": 1 / len(filled), "linewidth": 0.4}
         axes.bar(centers, accuracy, color=PALE_BLUE, edgecolor="white", **bar)
         gap = {"facecolor": "none", "edgecolor": RED, "hatch": "//////"}
         axes.bar(centers, confidence - accuracy, bottom=accuracy, **gap, **bar)
+        of_one_run = np.ceil(count / len(row.runs))
+        axes.vlines(centers, *consistency_bars(of_one_run, confidence), color="0.1", linewidth=0.6)
         axes.plot([0, 1], [0, 1], "--", color="0.2", linewidth=0.8)
         axes.set_title(f"{row.row}\nECE {_mean_sd(row, 'ece')}\nOE {_mean_sd(row, 'oe')}")
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
 
     figure = _panels(rows, *((5, 1.7) if len(rows) > 6 else (3, 2.0)), plot)
-    figure.supxlabel(f"Confidence; bins of {FEW} images or more", fontsize=8)
+    figure.supxlabel("Confidence", fontsize=8)
     figure.supylabel("Accuracy", fontsize=8)
     handles = [
         Patch(facecolor=PALE_BLUE, label="accuracy"),
         Patch(facecolor="none", edgecolor=RED, hatch="//////", label="gap to confidence"),
+        Line2D([], [], color="0.1", linewidth=0.6, label="calibrated, 95 %"),
         Line2D([], [], color="0.2", linestyle="--", linewidth=0.8, label="perfect calibration"),
     ]
     _legend_above(figure, handles)

@@ -74,29 +74,33 @@ def _seeds(row: Row) -> str:
 
 
 def markdown_main_table(rows: Sequence[Row]) -> str:
-    """The main table in Markdown: published and ours at every choice of epoch, with the difference."""
+    """The main table in Markdown: published and ours at every choice of epoch, with the difference, and by chance."""
     choices = [choice for choice in CHOICES if any(choice in row.choices for row in rows)]
     numbers = ["published"] * any(row.published for row in rows) + choices
+    errors = numbers + ["by chance"] * any(row.by_chance for row in rows)
+    columns = {"accuracy": numbers, "ece": errors, "oe": errors}
     titles = {"accuracy": "Accuracy, %", "ece": "ECE", "oe": "OE"}
     header = ["Recipe", "Seeds"] + ["Minutes"] * bool(choices)
-    header += [f"{title}: {name}" for title in titles.values() for name in numbers]
+    header += [f"{titles[metric]}: {name}" for metric, names in columns.items() for name in names]
     lines = []
     for row in rows:
         cells = [f"`{row.label}`", str(len(row.runs) or "")]
         cells += [f"{row.minutes:,.1f}" if row.minutes else ""] * bool(choices)
-        for metric in titles:
-            for choice in numbers:
-                text = ""
-                if choice == "published" and row.published.get(metric) is not None:
-                    text = number(metric, row.published[metric])
-                if choice in row.choices:
-                    text = plus_minus(metric, row.statistic(choice, metric), " ± ")
-                    if difference := row.difference(choice, metric):
-                        text += f" ({number(metric, difference[0], '+')})"
-                        text = f"**{text}**" if difference[1] else text
-                cells.append(text)
-        lines.append(cells)
+        lines.append(cells + [_cell(row, metric, name) for metric, names in columns.items() for name in names])
     return markdown_table(header, lines)
+
+
+def _cell(row: Row, metric: str, name: str) -> str:
+    if name in ("published", "by chance"):
+        value = (row.published if name == "published" else row.by_chance).get(metric)
+        return "" if value is None else number(metric, value)
+    if name not in row.choices:
+        return ""
+    text = plus_minus(metric, row.statistic(name, metric), " ± ")
+    if difference := row.difference(name, metric):
+        text += f" ({number(metric, difference[0], '+')})"
+        return f"**{text}**" if difference[1] else text
+    return text
 
 
 def markdown_further_table(rows: Sequence[Row]) -> str:
@@ -120,8 +124,9 @@ three, 9 % with ten, for the published number is a single run too.
 """
 LEGEND = """\
 Mean ± standard deviation over the seeds. ECE and OE have 100 bins. *best* is the epoch with the best test accuracy, as
-published; *last* is the last one; *selected*, for runs with `--val-size`, is the best on held-out training images.
-Minutes: training and evaluation of one run, the mean over the seeds; its machine may have done other work as well.
+published; *last* is the last one; *selected*, for runs with `--val-size`, is the best on held-out training images. *By
+chance* is what a perfectly calibrated model would have, on as many images with the confidences of *best*. Minutes:
+training and evaluation of one run, the mean over the seeds; its machine may have done other work as well.
 """
 
 
@@ -150,18 +155,28 @@ def notes(protocol: str, rows: Sequence[Row]) -> str:
     return text
 
 
+def _scaling(rows: Sequence[Row]) -> str:
+    """How the scaled metrics were measured."""
+    text = (
+        "The temperature of every second test image of a class is fitted by NLL on the others; for *selected* it is "
+        "fitted on the held-out images. Adaptive ECE and classwise ECE have 15 bins."
+    )
+    scores = [run.result["best"].get("scaled", {}) for row in rows for run in row.runs]
+    if any("ece" in scaled and "accuracy" not in scaled for scaled in scores):
+        text += (
+            " There are runs here from when scaled errors were measured on either half of the images and averaged: on "
+            "fewer images errors in bins are higher by chance, so theirs are too high, here and under *scaled* above."
+        )
+    return text
+
+
 def markdown(protocol: str, rows: Sequence[Row], others: Sequence[Row]) -> str:
     """The whole of table.md."""
     legend = LEGEND + BRACKETS * (protocol in COMPARABLE)
     parts = [f"# Results, protocol {protocol}", notes(protocol, rows), markdown_main_table(rows), legend.strip()]
     parts += filter(None, [questions.markdown(rows)])
     parts += ["## Further metrics, before → after temperature scaling", markdown_further_table(rows)]
-    parts.append(
-        "The temperature is fitted by NLL on one half of the test images and measured on the other, both ways, "
-        "averaged; for *selected* it is fitted on the held-out images. Errors in bins rise with fewer images: "
-        "measured on halves, even a perfectly calibrated model has a higher ECE, so small differences across the arrow "
-        "mean nothing. Adaptive ECE and classwise ECE have 15 bins."
-    )
+    parts.append(_scaling(rows))
     if others:
         parts += ["## Other runs", "Settings that the published table does not have.", markdown_main_table(others)]
         parts.append(markdown_further_table(others))
@@ -190,11 +205,13 @@ def csv_table(rows: Sequence[Row]) -> str:
                 "seeds": len(row.runs),
                 "minutes": row.minutes,
             }
+            by_chance = row.by_chance if choice == "best" else {}
             for metric in PUBLISHED:
                 line[f"{metric}_published"] = row.published.get(metric)
                 line |= _csv_cells(metric, row.statistic(choice, metric))
                 difference, outside = row.difference(choice, metric) or (None, None)
                 line |= {f"{metric}_difference": difference, f"{metric}_outside": outside}
+                line |= {f"{metric}_by_chance": by_chance.get(metric)} if metric != "accuracy" else {}
             for metric in FURTHER:
                 line |= _csv_cells(metric, row.statistic(choice, metric))
             line["temperature"] = row.temperature(choice)
@@ -231,6 +248,8 @@ def terminal(protocol: str, rows: Sequence[Row], others: Sequence[Row]) -> str:
                 delta = f"{number(metric, difference[0], '+')}{'*' * difference[1]}" if difference else ""
                 line += f"{_short(metric, row.statistic(choice, metric)):>{width}} {delta:8}"
             yield line
+        if by_chance := row.by_chance:
+            yield f"{'by chance':9}{'':20}" + "".join(f"{number(m, v):>13} {'':8}" for m, v in by_chance.items())
 
     def further_lines(row: Row) -> Iterator[str]:
         for choice in row.choices:
@@ -248,6 +267,7 @@ def terminal(protocol: str, rows: Sequence[Row], others: Sequence[Row]) -> str:
     if protocol in COMPARABLE:
         explained += "; then ours minus the published, * where that is more than two standard deviations or, with one "
         explained += "seed, than 0.5 points of accuracy or 0.015 of ECE or OE"
+    explained += ". By chance: what a perfectly calibrated model would have with the same confidences"
     out += textwrap.wrap(f"{explained}.", 100)
     out.append(f"\n{'':33}" + "".join(f" {title:>12}" for title in FURTHER.values()))
     for row in rows:

@@ -1,6 +1,5 @@
 """Finished runs, read and sorted into the lines of the table: what tables, figures and answers are made from."""
 
-import csv
 import hashlib
 import json
 import math
@@ -9,11 +8,11 @@ import statistics
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from run_files import UserError, atomic_write, load_probabilities, read_published, read_result
+from consistency import errors_by_chance
+from run_files import UserError, atomic_write, load_probabilities, read_csv, read_published, read_result
 
 CHOICES = ("best", "last", "selected")
 PUBLISHED = ("accuracy", "ece", "oe")
@@ -64,13 +63,9 @@ def read_run(path: Path) -> Run:
     digest = hashlib.sha256(file_bytes(file))
     tables = []
     for name in ("history.csv", "reliability.csv"):
-        text = file_bytes(path / name) if (path / name).is_file() else b""
-        digest.update(text)
-        try:
-            lines = csv.DictReader(StringIO(text.decode()), strict=True)
-            tables.append([{key: float(value) for key, value in line.items()} for line in lines])
-        except (ValueError, TypeError, csv.Error):
-            raise UserError(f"{path / name} is damaged: delete it, and --recompute or train this row again") from None
+        there = (path / name).is_file()
+        digest.update(file_bytes(path / name) if there else b"")
+        tables.append(read_csv(path / name) if there else [])
     return Run(result, *tables, digest.hexdigest())
 
 
@@ -93,12 +88,13 @@ def run_folders(results_dir: Path, protocol: str) -> list[Path]:
 
 
 def recompute(path: Path) -> None:
-    """Compute a finished run's metrics anew from its probabilities and write them where `common.Run` does.
+    """Compute a finished run's metrics anew from its probabilities and write them, and its reliability diagram, where
+    `common.Run` does.
 
     Raises:
         UserError: the probabilities or the result are missing or damaged.
     """
-    from calibration import calibration_metrics, scores_of_run
+    from calibration import calibration_metrics, scores_of_run, write_reliability
 
     result = read_run(path).result
     try:
@@ -108,8 +104,7 @@ def recompute(path: Path) -> None:
     scores, metrics = scores_of_run(arrays), calibration_metrics(arrays["best"], arrays["labels"])
     for choice, values in scores.items():
         result[choice] = {"epoch": result.get(choice, {}).get("epoch"), **values}
-    with atomic_write(path / "reliability.csv") as file:
-        file.write(metrics.bins_csv.encode())
+    write_reliability(path, metrics, result["row"], result["best"]["epoch"])
     with atomic_write(path / "result.json") as file:
         file.write(json.dumps(result, indent=2).encode())
 
@@ -214,6 +209,16 @@ class Row:
         """The mean of the fitted temperatures, over halves and seeds."""
         values = self.values(choice, "temperatures")
         return values and statistics.fmean(value for pair in values for value in pair)
+
+    @property
+    def by_chance(self) -> dict[str, float]:
+        """ECE and OE of perfectly calibrated models with the confidences of the best epochs, the mean over the seeds;
+        empty unless every run has its bins."""
+        bins = [[[b[name] for b in run.bins] for name in ("count", "confidence")] for run in self.runs if run.bins]
+        if not bins or len(bins) < len(self.runs):
+            return {}
+        errors = zip(*(errors_by_chance(*columns) for columns in bins), strict=True)
+        return dict(zip(("ece", "oe"), map(statistics.fmean, errors), strict=True))
 
     def difference(self, choice: str, metric: str) -> tuple[float, bool] | None:
         """Ours minus the published number, and whether that is `beyond_chance`."""

@@ -220,6 +220,19 @@ def write_csv(path: Path, lines: Sequence[dict[str, Any]]) -> None:
         file.write(csv_text(lines).encode())
 
 
+def read_csv(path: Path) -> list[dict[str, float]]:
+    """What `write_csv` wrote of numbers, line by line.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        lines = csv.DictReader(StringIO(path.read_text()), strict=True)
+        return [{name: float(value) for name, value in line.items()} for line in lines]
+    except (ValueError, TypeError, csv.Error):
+        raise UserError(f"{path} is damaged: delete it, and --recompute or train this row again") from None
+
+
 def read_published() -> list[dict[str, Any]]:
     """The published table, line by line in its order, from `results/published.csv`.
 

@@ -4,7 +4,6 @@ A thread of its own talks to W&B, in the order of the calls, so that neither a s
 keeps a device waiting. Whatever goes wrong there costs a warning and the rest of the notes, never the run.
 """
 
-import csv
 import io
 import json
 import os
@@ -22,7 +21,7 @@ import numpy as np
 
 from calibration import CalibrationMetrics, calibration_metrics, reliability_diagram
 from command_line import EXIT_CODES, Interrupted
-from run_files import HALF, UserError, atomic_write, first_line, load_probabilities, read_result, variant
+from run_files import HALF, UserError, atomic_write, first_line, load_probabilities, read_csv, read_result, variant
 
 PROJECT = "calibrated-distillation"
 TEST_METRICS = ("accuracy", "ece", "oe", "nll", "brier")
@@ -143,8 +142,7 @@ class Tracker:
         """Log a run that was finished before, from its folder."""
         file = self.folder / "history.csv"
         if file.is_file():  # an ensemble has none
-            with file.open(newline="") as lines:
-                self.log([{name: float(value) for name, value in line.items()} for line in csv.DictReader(lines)])
+            self.log(read_csv(file))
         self.finish(result, result["classes"])
 
     # In the thread ----------------------------------------------------------------------------------------

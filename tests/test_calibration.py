@@ -7,7 +7,8 @@ from netcal.metrics import ECE
 from sklearn.metrics import log_loss
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from common import calibration_metrics, reliability_diagram
+from calibration import calibration_metrics, reliability_diagram
+from consistency import consistency_bars, errors_by_chance
 
 
 def random_case(n=2000, classes=100, sharpness=3.0, seed=0):
@@ -131,19 +132,21 @@ def test_reliability_diagram_draws_the_metrics():
     metrics = calibration_metrics(p, labels)
     figure = reliability_diagram(metrics, "a title")
     top, bottom = figure.axes
-    assert f"ECE {metrics.ece:.4f}\nOE {metrics.oe:.4f}" in [text.get_text() for text in top.texts]
+    ece, oe = errors_by_chance(metrics.bin_count, metrics.bin_confidence)
+    assert [text.get_text() for text in top.texts] == [
+        f"ECE {metrics.ece:.4f}, by chance {ece:.4f}\nOE {metrics.oe:.4f}, by chance {oe:.4f}"
+    ]
     assert top.get_title() == "a title"
     bars = calibration_metrics(p, labels, n_bins=20)  # what merging 100 bins by fives must give
-    many, few = bars.bin_count >= 10, (bars.bin_count > 0) & (bars.bin_count < 10)
-    assert many.any() and few.any()
-    for bins, accuracy, gap in zip((many, few), top.containers[::2], top.containers[1::2], strict=True):
-        assert [bar.get_height() for bar in accuracy] == pytest.approx(bars.bin_accuracy[bins].tolist())
-        reached = [bar.get_y() + bar.get_height() for bar in gap]
-        assert reached == pytest.approx(bars.bin_confidence[bins].tolist())
-        assert {bar.get_facecolor()[3] for bar in accuracy} == {1.0 if bins is many else 0.25}
+    filled = bars.bin_count > 0
+    accuracy, gap = top.containers
+    assert [bar.get_height() for bar in accuracy] == pytest.approx(bars.bin_accuracy[filled].tolist())
+    assert [bar.get_y() + bar.get_height() for bar in gap] == pytest.approx(bars.bin_confidence[filled].tolist())
+    ends = [segment[:, 1] for segment in top.collections[0].get_segments()]
+    want = consistency_bars(bars.bin_count[filled].numpy(), bars.bin_confidence[filled].numpy())
+    assert np.allclose(ends, np.stack(want, 1))
     histogram = [bar.get_height() for bar in bottom.containers[0]]
     assert histogram == pytest.approx((bars.bin_count / 500).tolist())
-    assert "fewer than 10 images" in bottom.get_xlabel()
 
 
 def test_reliability_diagram_with_bins_that_do_not_merge():

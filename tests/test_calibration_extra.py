@@ -12,12 +12,14 @@ from torchmetrics.classification import MulticlassCalibrationError
 
 from calibration import (
     adaptive_ece,
+    calibration_metrics,
     calibration_scores,
     classwise_ece,
     fit_temperature,
     scale_temperature,
     scores_of_run,
 )
+from consistency import errors_by_chance
 
 
 def predictions(n=1000, classes=10, sharpness=3.0, seed=0):
@@ -119,19 +121,29 @@ def test_scaling_probabilities_is_scaling_logits():
     assert torch.allclose(scale_temperature(p, 1.0), p, atol=1e-12)
 
 
-def test_cross_fitting_measures_each_half_at_the_temperature_of_the_other(predicted):
+def test_cross_fitting_scales_each_half_by_the_temperature_of_the_other(predicted):
     p, labels = predicted
     order = np.argsort(labels.numpy(), kind="stable")
     folds = [torch.from_numpy(order[0::2].copy()), torch.from_numpy(order[1::2].copy())]
     temperatures = [fit_temperature(p[i], labels[i]) for i in folds]
     scores = calibration_scores(p, labels)
     assert scores["temperatures"] == temperatures[::-1]
-    pairs = zip(folds, temperatures[::-1], strict=True)
-    halves = [calibration_scores(scale_temperature(p[i], t), labels[i]) for i, t in pairs]
-    assert scores["scaled"].keys() == {"ece", "oe", "nll", "brier", "ece_15", "adaptive_ece", "classwise_ece"}
-    for name, value in scores["scaled"].items():
-        assert value == pytest.approx((halves[0][name] + halves[1][name]) / 2, abs=1e-12)
-        assert value < scores[name]  # they were three times too sharp
+    scaled = torch.cat([scale_temperature(p[i], t) for i, t in zip(folds, temperatures[::-1], strict=True)])
+    whole = calibration_scores(scaled, labels[torch.cat(folds)])  # all images are measured together
+    names = {"accuracy", "ece", "oe", "nll", "brier", "ece_15", "adaptive_ece", "classwise_ece"}
+    assert scores["scaled"].keys() == names
+    for name in names - {"accuracy"}:
+        assert scores["scaled"][name] == pytest.approx(whole[name], abs=1e-12)
+        assert scores["scaled"][name] < scores[name]  # they were three times too sharp
+    assert scores["scaled"]["accuracy"] == scores["accuracy"]
+
+
+def test_of_calibrated_predictions_scaling_leaves_what_chance_makes():
+    p, labels = tensors(*predictions(n=10_000, sharpness=1.0))
+    ece, _ = errors_by_chance(
+        *(getattr(calibration_metrics(p, labels), f"bin_{name}") for name in ("count", "confidence"))
+    )
+    assert calibration_scores(p, labels)["scaled"]["ece"] == pytest.approx(ece, rel=0.2)
 
 
 def test_halves_hold_each_class_whatever_the_order_of_the_images(predicted):

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from conftest import ROWS
 from PIL import Image
+from scipy.stats import binom
 
 import figures
 import report
-from calibration import calibration_metrics, scores_of_run
-from run_files import UserError, read_published
+from calibration import calibration_metrics, reliability_diagram, scores_of_run
+from consistency import errors_by_chance
+from run_files import UserError, read_published, write_csv
 
 ROOT = Path(report.__file__).parent
 MARKED = "before\n<!-- table:begin -->\nold\n<!-- table:end -->\nafter\n"
@@ -43,7 +45,7 @@ def make_run(results, row, seed=0, changes=None, protocol="short", dataset="cifa
     about |= {"settings": {"epochs": 4, "train_size": None}}
     result = about | {name: {"epoch": 3, **scores} for name, scores in scores_of_run(arrays).items()}
     (folder / "result.json").write_text(json.dumps(result, indent=2))
-    (folder / "reliability.csv").write_text(calibration_metrics(arrays["best"], labels).bins_csv)
+    write_csv(folder / "reliability.csv", calibration_metrics(arrays["best"], labels).bins)
     if not row.endswith("ensemble"):
         lines = [
             f"{epoch},{0.1 if epoch < 3 else 0.01},{0.2 * epoch},{0.3 - 0.05 * epoch},{30 * (seed + 1)}"
@@ -114,11 +116,22 @@ def test_table_has_mean_and_deviation_over_seeds_and_every_row(results):
         assert float(line["brier_scaled"]) == pytest.approx(np.mean([s["scaled"]["brier"] for s in scores]), abs=1e-6)
         assert float(line["temperature"]) == pytest.approx(np.mean([s["temperatures"] for s in scores]), abs=1e-6)
         assert float(line["accuracy_difference"]) == pytest.approx(float(line["accuracy"]) - 0.7462, abs=2e-6)
+        if choice == "best":
+            bins = [
+                np.loadtxt(p, delimiter=",", skiprows=1).T
+                for p in results.glob("short/kd_cutmix/*/*.csv")
+                if "reli" in p.name
+            ]
+            by_chance = [errors_by_chance(count, confidence) for count, _, confidence in bins]
+            found = [float(line[f"{metric}_by_chance"]) for metric in ("ece", "oe")]
+            assert found == pytest.approx(np.mean(by_chance, 0), abs=1e-6)
+            shown = f"| {found[0]:.4f} |", f"| {found[1]:.4f} |"
     [empty] = [line for line in lines if line["row"] == "kd_mixup"]
     assert (empty["seeds"], empty["accuracy"], empty["accuracy_published"]) == ("0", "", "0.7448")
     markdown = (results / "short" / "table.md").read_text()
     assert "| `kd_mixup` |  |  | 74.48 |  |  | 0.0399 |" in markdown
-    assert "| `kd_cutmix` | 2 | 3.0 | 74.62 |" in markdown and "| `teacher_ensemble` | 2 |  | 80.26 |" in markdown
+    [cutmix] = [line for line in markdown.splitlines() if line.startswith("| `kd_cutmix` | 2 | 3.0 | 74.62 |")]
+    assert all(cell in cutmix for cell in shown) and "| `teacher_ensemble` | 2 |  | 80.26 |" in markdown
     assert (line["minutes"], empty["minutes"]) == ("3.0", "") and "run on abacus" in markdown  # 4 * 30 s and 4 * 60 s
 
 
@@ -339,6 +352,7 @@ def test_own_readme_is_not_touched_for_results_elsewhere(results):
 def test_recomputed_metrics_of_an_old_run_are_those_of_a_fresh_one(results, capsys):
     folder = results / "short" / "kd_cutmix" / "seed0"
     fresh = (folder / "result.json").read_bytes(), (folder / "reliability.csv").read_bytes()
+    (folder / "reliability.png").write_bytes(b"older")
     result = json.loads(fresh[0])
     for choice in ("best", "last"):  # as runs were before there were further metrics
         for name in ("ece_15", "adaptive_ece", "classwise_ece", "temperatures", "scaled"):
@@ -349,6 +363,23 @@ def test_recomputed_metrics_of_an_old_run_are_those_of_a_fresh_one(results, caps
     assert "kd_cutmix/seed0" in capsys.readouterr().out
     assert run(results, recompute=True) == 0
     assert ((folder / "result.json").read_bytes(), (folder / "reliability.csv").read_bytes()) == fresh
+    with np.load(folder / "probabilities.npz") as arrays:
+        metrics = calibration_metrics(arrays["best"], arrays["labels"])
+    reliability_diagram(metrics, "kd_cutmix, epoch 3").savefig(results / "drawn.png", dpi=200)
+    assert (folder / "reliability.png").read_bytes() == (results / "drawn.png").read_bytes()
+
+
+def test_scaled_errors_that_were_measured_on_halves_are_said_to_be_too_high(results):
+    note = "measured on either half"
+    folder = results / "short"
+    assert run(results) == 0
+    assert note not in (folder / "table.md").read_text()
+    file = folder / "kd_cutmix" / "seed1" / "result.json"
+    result = json.loads(file.read_text())
+    del result["best"]["scaled"]["accuracy"]  # as it was then
+    file.write_text(json.dumps(result))
+    assert run(results) == 0
+    assert note in (folder / "table.md").read_text()
 
 
 def test_recompute_names_probabilities_that_are_damaged_or_not_there(results, capsys):
@@ -416,14 +447,19 @@ def test_no_text_overlaps_in_the_figures(tmp_path):
                 assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
 
 
-def test_bins_of_too_few_images_are_not_drawn_as_an_accuracy(tmp_path):
+def test_bins_of_few_images_show_by_their_bars_what_they_are_worth(tmp_path):
     folder = make_run(tmp_path, "kd_cutmix")
     counts = [0] * 100
     counts[30], counts[60], counts[97] = figures.FEW - 1, figures.FEW, 181
     lines = [f"{n},0.5,{(i + 0.5) / 100}" for i, n in enumerate(counts)]
     (folder / "reliability.csv").write_text("\n".join(["count,accuracy,confidence", *lines]))
     rows = [row for row in rows_of(tmp_path) if row.runs]
-    bars = [patch.get_x() for patch in figures.reliability(rows).axes[0].patches]
-    assert bars == pytest.approx([0.6, 0.95] * 2)  # accuracy, and the gap on it
-    _, curve = figures.curves(rows).axes[0].lines
+    panel = figures.reliability(rows).axes[0]
+    assert [bar.get_x() for bar in panel.patches] == pytest.approx([0.3, 0.6, 0.95] * 2)  # accuracy, and the gap on it
+    ends = [segment[:, 1] for segment in panel.collections[0].get_segments()]
+    want = [
+        binom.ppf([0.025, 0.975], n, c) / n for n, c in ((figures.FEW - 1, 0.305), (figures.FEW, 0.605), (181, 0.975))
+    ]
+    assert np.allclose(ends, want)
+    _, curve = figures.curves(rows).axes[0].lines  # a line through them would say too much
     assert list(curve.get_xdata()) == pytest.approx([0.605, 0.975])

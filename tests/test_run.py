@@ -18,6 +18,7 @@ from conftest import THREE_STEPS, Killed, die, in_epoch, run_row
 
 import calibration
 import common
+from consistency import errors_by_chance
 from run_files import UserError, atomic_write, load_probabilities, load_weights, sha256
 
 
@@ -103,6 +104,9 @@ def test_a_finished_run_is_only_printed(tmp_path, monkeypatch):
     text = common.summary(first, path)
     assert "published, CIFAR-100" in text and "74.62%" in text and f"{first['best']['accuracy']:.2%}" in text
     assert str(path / "result.json") in text and str(path / "reliability.png") in text
+    count, _, confidence = np.loadtxt(path / "reliability.csv", delimiter=",", skiprows=1).T
+    ece, oe = errors_by_chance(count, confidence)
+    assert f"calibrated, by chance {'':10}{ece:>9.4f}{oe:>9.4f}" in text
     real = first | {"dataset": "cifar100", "protocol": "paper"}
     for about, label in (
         ({"protocol": "cpu"}, "published, 500 epochs "),

@@ -1,0 +1,39 @@
+"""What a perfectly calibrated model would show: not an ECE of 0, for no test set is large enough.
+
+Of n images of confidence c, such a model gets a binomial number right. Bröcker & Smith (2007) found the spread by
+resampling and drew it into reliability diagrams as consistency bars; here it is computed.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def errors_by_chance(count: Sequence[float], confidence: Sequence[float]) -> tuple[float, float]:
+    """The expected ECE and OE, as `calibration_metrics` defines them, of a perfectly calibrated model.
+
+    With X_b ~ Binomial(n_b, c_b) right answers in bin b, of n images, ECE is sum_b E|X_b - n_b c_b| / n. OE counts the
+    deviations below the mean, one half of them, times c_b. The mean absolute deviation is de Moivre's (Diaconis &
+    Zabell, 1991, sec. 1): E|X - n c| = 2 k (1 - c) P(X = k), k = floor(n c) + 1.
+
+    Args:
+        count, confidence: images and their mean confidence in each bin, (n_bins,); at least one image.
+    """
+    from scipy.stats import binom
+
+    n, c = np.asarray(count, float), np.asarray(confidence, float)
+    k = np.floor(n * c) + 1
+    deviation = 2 * k * (1 - c) * binom.pmf(k, n, c)
+    return float(deviation.sum() / n.sum()), float((c * deviation).sum() / 2 / n.sum())
+
+
+def consistency_bars(count: Sequence[float], confidence: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Between which accuracies, (n_bins,) and (n_bins,), a perfectly calibrated model's are in 95 of 100 test sets.
+
+    Args:
+        count, confidence: as in `errors_by_chance`; whole numbers of images, none of them 0.
+    """
+    from scipy.stats import binom
+
+    low, high = binom.interval(0.95, count, confidence)
+    return low / count, high / count

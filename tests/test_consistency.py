@@ -1,0 +1,61 @@
+"""What a calibrated model shows by chance, against simulated test sets and sums over all outcomes."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import beta, binom
+
+from calibration import calibration_metrics
+from consistency import consistency_bars, errors_by_chance
+
+
+@pytest.mark.parametrize("n_bins", [15, 100])
+@pytest.mark.parametrize("n", [100, 10_000])
+def test_errors_by_chance_are_those_of_simulated_calibrated_models(n, n_bins):
+    rng = np.random.default_rng(0)
+    p = torch.from_numpy(rng.dirichlet(np.full(10, 0.2), n))
+    cumulated, found = p.numpy().cumsum(1), []
+    for _ in range(200):
+        labels = (rng.random((n, 1)) > cumulated).sum(1).clip(max=9)  # drawn from the predictions themselves
+        metrics = calibration_metrics(p, labels, n_bins)
+        found.append((metrics.ece, metrics.oe))
+    expected = errors_by_chance(metrics.bin_count, metrics.bin_confidence)
+    standard_error = np.std(found, axis=0) / np.sqrt(len(found))
+    assert (abs(np.mean(found, axis=0) - expected) < 4 * standard_error + 0.01 * np.array(expected)).all()
+    assert expected[0] > 0.005
+
+
+def test_errors_by_chance_are_sums_over_all_outcomes():
+    count, confidence = [0, 1, 4, 10, 25, 3], [0, 0.3, 0.5, 0.55, 0.999, 1]
+    ece = oe = 0
+    for n, c in zip(count, confidence, strict=True):
+        for k in range(n + 1):
+            ece += binom.pmf(k, n, c) * abs(k - n * c) / 43
+            oe += binom.pmf(k, n, c) * c * max(n * c - k, 0) / 43
+    assert errors_by_chance(count, confidence) == pytest.approx((ece, oe))
+
+
+def test_of_models_that_are_always_sure_nothing_is_left_to_chance():
+    assert errors_by_chance([0, 50], [0, 1]) == (0, 0)
+
+
+def test_consistency_bars_hold_95_of_100_simulated_accuracies():
+    count, confidence = np.array([1, 20, 500]), np.array([0.6, 0.3, 0.9])
+    low, high = consistency_bars(count, confidence)
+    accuracy = np.random.default_rng(0).binomial(count, confidence, (20_000, 3)) / count
+    inside = ((accuracy >= low) & (accuracy <= high)).mean(0)
+    assert (inside >= 0.945).all() and inside[2] < 0.97  # of few images, outcomes come in steps
+    assert (low[0], high[0]) == (0, 1)
+
+
+def test_a_calibrated_cifar100_model_has_the_errors_that_the_readme_says():
+    edges, found = np.linspace(0, 1, 101), []
+    for a, b in ((3, 0.9), (2, 0.6), (1.5, 0.45), (1, 0.3), (0.8, 0.24)):
+        confidence = beta(a, b).ppf((np.arange(10_000) + 0.5) / 10_000)
+        assert confidence.mean() == pytest.approx(0.77, abs=0.001)
+        count, _ = np.histogram(confidence, edges)
+        total, _ = np.histogram(confidence, edges, weights=confidence)
+        found.append([*errors_by_chance(count, total / count.clip(min=1)), (confidence > 0.95).mean()])
+    low, high = np.min(found, 0), np.max(found, 0)
+    assert [f"{v:.3f}" for v in (*low[:2], *high[:2])] == ["0.023", "0.006", "0.026", "0.008"]
+    assert (f"{low[2]:.0%}", f"{high[2]:.0%}") == ("18%", "45%")
