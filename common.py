@@ -726,7 +726,7 @@ def summary(result: dict[str, Any], path: Path) -> str:
                 label = "published, row's own"  # nothing was published for this variant
             lines.append(f"{label:22}{numbers['accuracy']:>9.2%} {numbers['ece']:>9.4f}{numbers['oe']:>9.4f}")
     if (file := path / "reliability.csv").is_file():
-        bins = read_csv(file)
+        bins = read_csv(file, ("count", "confidence"))
         ece, oe = errors_by_chance(*([b[name] for b in bins] for name in ("count", "confidence")))
         lines.append(f"{'calibrated, by chance':32}{ece:>9.4f}{oe:>9.4f}")
     return "\n".join([*lines, f"result   {path / 'result.json'}", f"diagram  {path / 'reliability.png'}"])

@@ -62,10 +62,11 @@ def read_run(path: Path) -> Run:
         raise UserError(f"{file} is the result of {name}: it lies in the wrong folder")
     digest = hashlib.sha256(file_bytes(file))
     tables = []
-    for name in ("history.csv", "reliability.csv"):
+    needed = {"history.csv": ("epoch", "lr", "accuracy", "ece"), "reliability.csv": ("count", "accuracy", "confidence")}
+    for name, columns in needed.items():
         there = (path / name).is_file()
         digest.update(file_bytes(path / name) if there else b"")
-        tables.append(read_csv(path / name) if there else [])
+        tables.append(read_csv(path / name, columns) if there else [])
     return Run(result, *tables, digest.hexdigest())
 
 

@@ -4,6 +4,7 @@ tells a person what to do."""
 import csv
 import hashlib
 import json
+import math
 import os
 import socket
 import typing
@@ -11,6 +12,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import StringIO
+from itertools import chain
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -220,17 +222,21 @@ def write_csv(path: Path, lines: Sequence[dict[str, Any]]) -> None:
         file.write(csv_text(lines).encode())
 
 
-def read_csv(path: Path) -> list[dict[str, float]]:
+def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, float]]:
     """What `write_csv` wrote of numbers, line by line.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is damaged, or lacks one of the columns.
     """
     try:
         lines = csv.DictReader(StringIO(path.read_text()), strict=True)
-        return [{name: float(value) for name, value in line.items()} for line in lines]
+        numbers = [{name: float(value) for name, value in line.items()} for line in lines]
+        finite = all(map(math.isfinite, chain(*(line.values() for line in numbers))))
+        if not finite or not set(columns) <= set(lines.fieldnames or ()):
+            raise ValueError
     except (ValueError, TypeError, csv.Error):
         raise UserError(f"{path} is damaged: delete it, and --recompute or train this row again") from None
+    return numbers
 
 
 def read_published() -> list[dict[str, Any]]:

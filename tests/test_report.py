@@ -220,10 +220,14 @@ def test_damaged_result_is_named_and_left_out(results, capsys, damage):
     assert (seeds["kd_cutmix"], seeds["teacher_ensemble"]) == ("1", "2")
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [lambda text: text[:-3] + ",x,1", lambda text: text.replace("accuracy", "x"), lambda text: text.rstrip() + "1e999"],
+)
 @pytest.mark.parametrize("name", ["history.csv", "reliability.csv"])
-def test_damaged_curves_are_named_and_left_out(results, capsys, name):
+def test_damaged_curves_are_named_and_left_out(results, capsys, name, damage):
     file = results / "short" / "kd_cutmix" / "seed1" / name
-    file.write_text(file.read_text()[:-3] + ",x,1")
+    file.write_text(damage(file.read_text()))
     assert run(results) == 1
     assert str(file) in capsys.readouterr().err
 
