@@ -232,7 +232,7 @@ def training(rows: Sequence[Row], metric: str) -> Figure:
 
 def accuracy_ece(rows: Sequence[Row]) -> Figure:
     """Accuracy against ECE: hollow marks are published, filled ones ours at the best epoch, an arrow from one to the
-    other. Numbers stand for the rows, for names would not find room."""
+    other, a grey dash what chance makes of ours. Numbers stand for the rows, for names would not find room."""
     tables = list(dict.fromkeys(row.table for row in rows))
     figure = Figure(figsize=(WIDTH, 4.3), layout="constrained")
     axes = figure.subplots()
@@ -250,6 +250,8 @@ def accuracy_ece(rows: Sequence[Row]) -> Figure:
             bars = {"xerr": 100 * accuracy.sd, "yerr": ece.sd} if accuracy.sd is not None else {}
             axes.errorbar(*ours, **bars, **style, elinewidth=0.6, zorder=4)
             points.append(ours)
+            if by_chance := row.by_chance:
+                axes.plot(ours[0], by_chance["ece"], marker="_", color="0.55", zorder=2)
             if theirs:
                 arrow = {"arrowstyle": "-|>", "mutation_scale": 6, "linewidth": 0.5, "color": "0.55", "shrinkB": 3}
                 axes.annotate("", ours, theirs, arrowprops=arrow, zorder=2)
@@ -262,6 +264,7 @@ def accuracy_ece(rows: Sequence[Row]) -> Figure:
     axes.grid(color="0.92", linewidth=0.5)
     axes.set_axisbelow(True)
     title = "hollow: published\nfilled: ours, best epoch" if any(row.published for row in rows) else "best epoch"
+    title += "\ngrey dash: by chance" * any(row.by_chance for row in rows)
     figure.legend(handles=handles, loc="outside right upper", title=title, alignment="left", labelspacing=0.6)
     _place_labels(figure, axes, labels, points)
     return figure

@@ -467,3 +467,5 @@ def test_bins_of_few_images_show_by_their_bars_what_they_are_worth(tmp_path):
     assert np.allclose(ends, want)
     _, curve = figures.curves(rows).axes[0].lines  # a line through them would say too much
     assert list(curve.get_xdata()) == pytest.approx([0.605, 0.975])
+    [dash] = [line for line in figures.accuracy_ece(rows).axes[0].lines if line.get_marker() == "_"]
+    assert dash.get_ydata() == pytest.approx([rows[0].by_chance["ece"]])
