@@ -67,11 +67,16 @@ class Dataset:
         return Dataset(self.name, self.classes, *(tensor.to(device) for tensor in self.tensors))
 
     def train_subset(self, size: int) -> "Dataset":
-        """The same dataset with `size` training images, as evenly over the classes as they divide."""
-        rank_in_class = torch.zeros_like(self.train_labels)
+        """The same dataset with `size` training images, as evenly over the classes as they divide.
+
+        Drawn at random, the same ones every time: the first of a class, in the order that its images have here, would
+        be those with a dark corner.
+        """
+        order = torch.randperm(len(self.train_labels), generator=torch.Generator().manual_seed(0))
+        rank_in_class = torch.zeros_like(order)
         for label in range(len(self.classes)):
-            members = self.train_labels == label
-            rank_in_class[members] = torch.arange(int(members.sum()))
+            members = order[self.train_labels[order] == label]
+            rank_in_class[members] = torch.arange(len(members))
         keep = rank_in_class.argsort(stable=True)[:size].sort().values
         return dataclasses.replace(self, train_images=self.train_images[keep], train_labels=self.train_labels[keep])
 

@@ -313,3 +313,15 @@ def test_train_subset_is_even_over_the_classes():
     rows = {row.numpy().tobytes() for row in data.train_images}
     assert all(row.numpy().tobytes() in rows for row in subset.train_images)
     assert subset.fingerprint != data.fingerprint
+
+
+def test_train_subset_is_drawn_from_all_of_a_class():
+    """In the order that the images have, the first of a class are the dark ones."""
+    data = load_dataset("digits", Path())
+    subset = data.train_subset(500)
+    place = {image.numpy().tobytes(): i for i, image in enumerate(data.train_images)}
+    first = data.train_labels.bincount().cumsum(0) - data.train_labels.bincount()
+    places = torch.tensor([place[image.numpy().tobytes()] for image in subset.train_images])
+    share = (places - first[subset.train_labels]) / data.train_labels.bincount()[subset.train_labels]
+    assert share.mean() == pytest.approx(0.5, abs=0.04) and share.std() == pytest.approx(12**-0.5, abs=0.03)
+    assert torch.equal(data.train_subset(500).train_images, subset.train_images)
