@@ -28,7 +28,8 @@ def errors_by_chance(count: Sequence[float], confidence: Sequence[float]) -> tup
 
 
 def consistency_bars(count: Sequence[float], confidence: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Between which accuracies, (n_bins,) and (n_bins,), a perfectly calibrated model's are in 95 of 100 test sets.
+    """Between which accuracies, (n_bins,) and (n_bins,), a perfectly calibrated model's are in 95 of 100 test sets or
+    more, for outcomes come in steps.
 
     Args:
         count, confidence: as in `errors_by_chance`; whole numbers of images, none of them 0.

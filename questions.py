@@ -158,4 +158,4 @@ def _answer(question: Question, rows: dict[str, Row]) -> Iterator[str]:
     yield f"### {question.text}"
     yield markdown_table(header, lines)
     if unseen:
-        yield f"Published, at the best epoch, but not clear at our last one: {'; '.join(unseen)}."
+        yield f"Published, but not clear at our last epoch: {'; '.join(unseen)}."

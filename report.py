@@ -119,8 +119,9 @@ def markdown_further_table(rows: Sequence[Row]) -> str:
 
 BRACKETS = """\
 In brackets: ours minus the published number, in bold where that is more than two standard deviations or, with one seed,
-more than 0.5 points of accuracy or 0.015 of ECE or OE. Chance alone makes 35 % of cells bold with two seeds, 23 % with
-three, 9 % with ten, for the published number is a single run too.
+more than 0.5 points of accuracy or 0.015 of ECE or OE. Even of the same epochs, chance alone makes 35 % of cells bold
+with two seeds, 23 % with three, 9 % with ten, for the published number is a single run too; *last* and shorter
+protocols differ by more than chance.
 """
 LEGEND = """\
 Mean ± standard deviation over the seeds. ECE and OE have 100 bins. *best* is the epoch with the best test accuracy, as

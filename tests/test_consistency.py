@@ -55,7 +55,11 @@ def test_a_calibrated_cifar100_model_has_the_errors_that_the_readme_says():
         assert confidence.mean() == pytest.approx(0.77, abs=0.001)
         count, _ = np.histogram(confidence, edges)
         total, _ = np.histogram(confidence, edges, weights=confidence)
-        found.append([*errors_by_chance(count, total / count.clip(min=1)), (confidence > 0.95).mean()])
+        c = total / count.clip(min=1)
+        found.append([*errors_by_chance(count, c), (confidence > 0.95).mean()])
+        deviation = [n * errors_by_chance([n], [p])[0] for n, p in zip(count, c, strict=True) if n]
+        variance = (count * c * (1 - c)).sum() - np.square(deviation).sum()  # E X^2 - (E X)^2, bins being independent
+        assert f"{variance**0.5 / 10_000:.3f}" == "0.002"
     low, high = np.min(found, 0), np.max(found, 0)
     assert [f"{v:.3f}" for v in (*low[:2], *high[:2])] == ["0.023", "0.006", "0.026", "0.008"]
     assert (f"{low[2]:.0%}", f"{high[2]:.0%}") == ("18%", "45%")
