@@ -95,7 +95,7 @@ def calibration_metrics(
     confidence, correct = confidence.double(), (prediction == labels).double()
     p_label = p.gather(1, labels[:, None]).squeeze(1).double()
     sum_of_squares = torch.linalg.vector_norm(p, dim=1, dtype=torch.float64).square()
-    edges = torch.arange(1, n_bins, dtype=torch.float64, device=p.device) / n_bins
+    edges = torch.arange(1, n_bins, dtype=torch.float64) / n_bins
     bins = torch.bucketize(confidence, edges)
     count = torch.bincount(bins, minlength=n_bins)
     safe = count.clamp(min=1)
@@ -108,26 +108,26 @@ def calibration_metrics(
         oe=(weight * bin_confidence * gap.clamp(min=0)).sum().item(),
         nll=-p_label.clamp(min=torch.finfo(p.dtype).tiny).log().mean().item(),
         brier=(sum_of_squares - 2 * p_label + 1).mean().item(),
-        bin_count=count.cpu(),
-        bin_accuracy=bin_accuracy.cpu(),
-        bin_confidence=bin_confidence.cpu(),
+        bin_count=count,
+        bin_accuracy=bin_accuracy,
+        bin_confidence=bin_confidence,
     )
 
 
 def _checked(probabilities: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
-    """As tensors on the device of the probabilities, the labels int64.
+    """As tensors on the CPU, the labels int64. A GPU would have other sums every time.
 
     Raises:
         ValueError: they are not as `calibration_metrics` takes them.
     """
-    p, labels = torch.as_tensor(probabilities), torch.as_tensor(labels)
+    p, labels = torch.as_tensor(probabilities).cpu(), torch.as_tensor(labels).cpu()
     if p.ndim != 2 or labels.shape != p.shape[:1] or p.numel() == 0:
         raise ValueError(
             f"want probabilities (n, classes) and labels (n,), got {tuple(p.shape)} and {tuple(labels.shape)}"
         )
     if not p.is_floating_point() or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"want floating-point probabilities and integer labels, got {p.dtype} and {labels.dtype}")
-    labels = labels.to(p.device).long()
+    labels = labels.long()
     total = p.sum(1, dtype=torch.float64)  # sums are in float64, but never over a copy of p, which would take longer
     if not (total.isfinite().all() and p.min() >= 0):
         raise ValueError("probabilities must be finite and not negative")
@@ -151,7 +151,7 @@ def adaptive_ece(probabilities: Tensor, labels: Tensor, n_bins: int = 15) -> flo
         labels: int64 (n,).
     """
     confidence, prediction = probabilities.double().max(1)
-    edges = confidence.quantile(torch.arange(1, n_bins, dtype=torch.float64, device=confidence.device) / n_bins)
+    edges = confidence.quantile(torch.arange(1, n_bins, dtype=torch.float64) / n_bins)
     gap = torch.bincount(torch.bucketize(confidence, edges), confidence - (prediction == labels).double())
     return gap.abs().sum().item() / len(labels)  # the sum of a bin's gaps is n_b (c_b - a_b)
 
@@ -168,8 +168,8 @@ def classwise_ece(probabilities: Tensor, labels: Tensor, n_bins: int = 15) -> fl
     """
     n, classes = probabilities.shape
     p = probabilities.double()
-    edges = torch.arange(1, n_bins, dtype=torch.float64, device=p.device) / n_bins
-    bins = torch.bucketize(p, edges).add_(n_bins * torch.arange(classes, device=p.device))
+    edges = torch.arange(1, n_bins, dtype=torch.float64) / n_bins
+    bins = torch.bucketize(p, edges).add_(n_bins * torch.arange(classes))
     expected = torch.bincount(bins.flatten(), p.flatten(), n_bins * classes)
     found = torch.bincount(bins.gather(1, labels[:, None]).squeeze(1), minlength=n_bins * classes)
     return (found - expected).abs().sum().item() / (n * classes)
@@ -239,9 +239,9 @@ def calibration_scores(
     Raises:
         ValueError: as `calibration_metrics`.
     """
-    scores = _all_scores(probabilities, labels)  # first, for it checks the input
+    probabilities, labels = _checked(probabilities, labels)
     if validation:
-        temperatures = [fit_temperature(*validation)]
+        temperatures = [fit_temperature(*_checked(*validation))]
         scaled = scale_temperature(probabilities, *temperatures)
     else:
         order = labels.argsort(stable=True)
@@ -250,7 +250,11 @@ def calibration_scores(
         scaled = probabilities.new_empty(probabilities.shape, dtype=torch.float64)
         for half, temperature in zip(halves, temperatures, strict=True):
             scaled[half] = scale_temperature(probabilities[half], temperature)
-    return {**scores, "temperatures": temperatures, "scaled": _all_scores(scaled, labels)}
+    return {
+        **_all_scores(probabilities, labels),
+        "temperatures": temperatures,
+        "scaled": _all_scores(scaled, labels),
+    }
 
 
 def scores_of_run(arrays: Mapping[str, Tensor | np.ndarray]) -> dict[str, dict[str, Any]]:

@@ -410,7 +410,8 @@ class Run:
             return None
         same = ("train_size", "val_size", "image_size", "seed", "batch_size")
         views = [data.fingerprint, {name: getattr(cfg, name) for name in same}, vars(augment)]
-        names = [json.dumps([digest, *views, self.device.type, trainer.precision]) for digest in self.teachers]
+        how = [self.device.type, trainer.precision, trainer.compile, cfg.deterministic]
+        names = [json.dumps([digest, *views, *how]) for digest in self.teachers]
         shared = cfg.results_dir / "teacher_outputs"
         folders = [shared / hashlib.sha256(name.encode()).hexdigest()[:16] for name in names]
         trainer.task.teacher.outputs = EpochOutputs([f / f"epoch{epoch:03}.npz" for f in folders], images, self.device)

@@ -36,7 +36,8 @@ class Trainer:
     """A task on its device with its optimiser, SGD.
 
     Everything is channels last and the optimiser fused. On a GPU a step never waits for the device. Where there are
-    several processes, each trains on its share of a batch; on GPUs, batch norm has the statistics of the whole batch.
+    several processes, each trains on its share of a batch; on GPUs, batch norm then has the statistics of the whole
+    batch, for which it does wait.
 
     Args:
         task: what is trained; its modules are moved, and wrapped for precision and compilation.

@@ -3,9 +3,10 @@
     python benchmarks/new_gpu.py --data-dir data
 
 Each answer is printed as soon as it is known, so that a time limit costs only the rest, and an error only its row (and
-an exit status of 1): whether views and models are the CPU's; losses in float32, bf16 and compiled; whether a step waits
-for the device; seconds an epoch of each kind of row, the memory it takes, and hours for all; which kernels are fastest;
-whether --deterministic holds. All of it is the recipes' own code, with teachers that know nothing.
+an exit status of 1), unless it costs the process its GPU, as a kernel's own does. Asked are: whether views and models
+are the CPU's; losses in float32, bf16 and compiled; whether a step waits for the device; seconds an epoch of each kind
+of row, the memory it takes, and hours for all; which kernels are fastest; whether --deterministic holds. All of it is
+the recipes' own code, with teachers that know nothing.
 """
 
 import gc
@@ -107,6 +108,13 @@ class Bench:
                 self.failed.append(" ".join((question, row, *how)))
                 reason = " ".join(str(error).split())[:200]
                 print(f"{question:13} {row:22} FAILED at {place(error)}, {type(error).__name__}: {reason}")
+                try:
+                    self.synchronize()
+                except Exception:
+                    raise UserError(
+                        "the GPU is lost to this process: ask on in another (--ask); with CUDA_LAUNCH_BLOCKING=1 the "
+                        "line that is named is the one that failed"
+                    ) from None
 
     def build(self, row: str, compile: str = "off", precision: str = "auto", **settings) -> MeasuredRun:
         cfg = speed.Config(data_dir=self.cfg.data_dir, dataset=self.cfg.dataset, compile=compile, precision=precision)

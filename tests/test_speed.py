@@ -362,6 +362,21 @@ def test_an_error_costs_a_new_gpu_no_other_answer(bench, monkeypatch, capsys):
     assert re.search(r"models +shufflenet_v1 +fp32", answers) and re.search(r"views +teacher_cutmix +largest", answers)
 
 
+def test_a_gpu_that_an_error_has_cost_is_not_asked_further(bench, monkeypatch, capsys):
+    def lost(self):
+        raise torch.AcceleratorError("device-side assert triggered")
+
+    monkeypatch.setattr(new_gpu.Bench, "synchronize", lost)
+    monkeypatch.setitem(new_gpu.ROWS, "models", ("no_model", "shufflenet_v1"))
+    monkeypatch.setattr(sys, "argv", ["new_gpu.py", "--dataset", "digits", "--ask", "models", "views"])
+    with pytest.raises(SystemExit) as stop:
+        new_gpu.main()
+    assert stop.value.code == 2
+    answers, errors = capsys.readouterr()
+    assert "no_model" in answers and "shufflenet_v1" not in answers and "views" not in answers
+    assert errors.startswith("error: the GPU is lost to this process") and errors.count("\n") == 1
+
+
 def test_a_row_of_a_new_gpu_leaves_nothing_to_the_next_even_if_it_fails(bench, monkeypatch, capsys):
     real, alive = bench.trainer, []
 

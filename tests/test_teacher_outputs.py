@@ -72,12 +72,13 @@ def test_students_that_share_give_the_same_bits_and_ask_a_teacher_once(tmp_path,
 
 
 def test_only_the_same_views_are_shared(tmp_path):
-    def files(augment=None, epoch=1, teachers=("digest",), precision="fp32", **settings):
+    def files(augment=None, epoch=1, teachers=("digest",), precision="fp32", mode="off", **settings):
         cfg = common.config_type(common.load_recipe("kd_mixup"))(protocol="smoke", share_teachers=True, **settings)
         run = common.Run("kd_mixup", cfg)
         run.teachers = teachers
         task = SimpleNamespace(teacher=SimpleNamespace(outputs=None))
-        outputs = run._share_outputs(SimpleNamespace(task=task, precision=precision), augment or STANDARD, epoch, 80)
+        trainer = SimpleNamespace(task=task, precision=precision, compile=mode)
+        outputs = run._share_outputs(trainer, augment or STANDARD, epoch, 80)
         assert task.teacher.outputs is outputs
         return outputs and [file.as_posix() for file in outputs.files]
 
@@ -86,7 +87,13 @@ def test_only_the_same_views_are_shared(tmp_path):
     assert same[0].startswith("results/teacher_outputs/") and same == files(temperature=4.0, lr=0.1, epochs=7)
     assert files(teachers=("digest", "other")) == [*same, *files(teachers=("other",))]
     seen = [dict(epoch=2), dict(seed=1), dict(batch_size=32), dict(train_size=80), dict(val_size=20)]
-    by = [dict(teachers=("other",)), dict(precision="bf16"), dict(augment=common.Standard(degrees=0.0))]
+    by = [
+        dict(teachers=("other",)),
+        dict(precision="bf16"),
+        dict(mode="default"),
+        dict(deterministic=True),
+        dict(augment=common.Standard(degrees=0.0)),
+    ]
     others = [files(**other) for other in (*seen, *by)]
     assert len({name for names in (same, *others) for name in names}) == 1 + len(others)
     assert files(augment=common.CutOut()) is None and files(teachers=()) is None
