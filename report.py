@@ -1,7 +1,8 @@
 """Turn results/ into tables, figures and answers.
 
 Every finished run of a protocol goes into results/<protocol>/table.md and table.csv, results/<protocol>/figures/ and
-the terminal; the table of the protocol that stands highest goes into README.md, between its two markers.
+the terminal; the table of the protocol that stands highest goes into README.md, between its two markers. What should be
+known of a protocol's runs can be said in results/<protocol>/note.md, which table.md then begins with.
 """
 
 import json
@@ -156,28 +157,17 @@ def notes(protocol: str, rows: Sequence[Row]) -> str:
     return text
 
 
-def _scaling(rows: Sequence[Row]) -> str:
-    """How the scaled metrics were measured."""
-    text = (
+def markdown(protocol: str, rows: Sequence[Row], others: Sequence[Row], note: str = "") -> str:
+    """The whole of table.md. `note` is what a person has to say of these runs."""
+    legend = LEGEND + BRACKETS * (protocol in COMPARABLE)
+    parts = [f"# Results, protocol {protocol}", notes(protocol, rows), *filter(None, [note.strip()])]
+    parts += [markdown_main_table(rows), legend.strip()]
+    parts += filter(None, [questions.markdown(rows)])
+    parts += ["## Further metrics, before → after temperature scaling", markdown_further_table(rows)]
+    parts.append(
         "The temperature of every second test image of a class is fitted by NLL on the others; for *selected* it is "
         "fitted on the held-out images. Adaptive ECE and classwise ECE have 15 bins."
     )
-    scores = [run.result["best"].get("scaled", {}) for row in rows for run in row.runs]
-    if any("ece" in scaled and "accuracy" not in scaled for scaled in scores):
-        text += (
-            " There are runs here from when scaled errors were measured on either half of the images and averaged: on "
-            "fewer images errors in bins are higher by chance, so theirs are too high, here and under *scaled* above."
-        )
-    return text
-
-
-def markdown(protocol: str, rows: Sequence[Row], others: Sequence[Row]) -> str:
-    """The whole of table.md."""
-    legend = LEGEND + BRACKETS * (protocol in COMPARABLE)
-    parts = [f"# Results, protocol {protocol}", notes(protocol, rows), markdown_main_table(rows), legend.strip()]
-    parts += filter(None, [questions.markdown(rows)])
-    parts += ["## Further metrics, before → after temperature scaling", markdown_further_table(rows)]
-    parts.append(_scaling(rows))
     if others:
         parts += ["## Other runs", "Settings that the published table does not have.", markdown_main_table(others)]
         parts.append(markdown_further_table(others))
@@ -287,12 +277,16 @@ def terminal(protocol: str, rows: Sequence[Row], others: Sequence[Row]) -> str:
 
 @dataclass
 class Report:
-    """What the results of one protocol say; `problems` are what had to be left out."""
+    """What the results of one protocol say.
+
+    `problems` are what had to be left out; `note` is what results/<protocol>/note.md says, for table.md to begin with.
+    """
 
     protocol: str
     table: list[Row]
     others: list[Row]
     problems: list[str]
+    note: str = ""
 
     @classmethod
     def read(cls, results_dir: Path, protocol: str) -> "Report":
@@ -302,7 +296,9 @@ class Report:
                 runs.append(read_run(path))
             except UserError as error:
                 problems.append(str(error))
-        return cls(protocol, *sort_into_rows(runs, comparable=protocol in COMPARABLE), problems)
+        note = results_dir / protocol / "note.md"
+        table, others = sort_into_rows(runs, comparable=protocol in COMPARABLE)
+        return cls(protocol, table, others, problems, note.read_text() if note.is_file() else "")
 
     @property
     def runs(self) -> list[Run]:
@@ -320,7 +316,7 @@ class Report:
     def texts(self) -> dict[str, str]:
         """File name -> content, in results/<protocol>."""
         rows = self.table + self.others
-        return {"table.md": markdown(self.protocol, self.table, self.others), "table.csv": csv_table(rows)}
+        return {"table.md": markdown(self.protocol, self.table, self.others, self.note), "table.csv": csv_table(rows)}
 
     def sources(self) -> dict[str, str]:
         """What the figures are drawn from: run -> its digest. Figures show the rows as published, and no variants."""
