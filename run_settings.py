@@ -64,7 +64,8 @@ class Config:
     image_size: Pixels = 32
     """side to which the images of --dataset folder are resized"""
     train_size: Count | None = None
-    """train on so many images only, if not the protocol's number, spread evenly over the classes"""
+    """train on so many images only, if not the protocol's number: drawn at random, the same ones for every seed, and
+    evenly over the classes"""
     val_size: Count | None = None
     """hold out so many training images: the epoch `selected` and its temperature are chosen on them"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
