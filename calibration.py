@@ -300,9 +300,9 @@ def reliability_diagram(metrics: CalibrationMetrics, title: str = ""):
     centers = ((np.arange(len(n)) + 0.5) * width)[filled]
     count, accuracy, confidence = n[filled], accuracy[filled], confidence[filled]
     mean_confidence = (count * confidence).sum() / n.sum()
-    ece, oe = errors_by_chance(metrics.bin_count, metrics.bin_confidence)
+    by_chance = errors_by_chance(metrics.bin_count, metrics.bin_confidence)
 
-    figure = Figure(figsize=(3.6, 4.9), layout="constrained")
+    figure = Figure(figsize=(3.6, 5.3), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     blue, red = "#3b6ea5", "#d1495b"
     bar = dict(width=width, linewidth=0.5)
@@ -313,12 +313,10 @@ def reliability_diagram(metrics: CalibrationMetrics, title: str = ""):
         centers, *consistency_bars(count, confidence), color="0.15", linewidth=1, label="calibrated, 95 %"
     )
     top.plot([0, 1], [0, 1], "--", color="0.3", linewidth=1)
-    text = f"ECE {metrics.ece:.4f}, by chance {ece:.4f}\nOE {metrics.oe:.4f}, by chance {oe:.4f}"
-    top.text(
-        0.97, 0.04, text, transform=top.transAxes, fontsize="small", ha="right", va="bottom",
-        bbox=dict(facecolor="white", edgecolor="0.8", boxstyle="round,pad=0.4"),
-    )  # fmt: skip
-    top.set(xlim=(0, 1), ylim=(0, 1), ylabel="Accuracy", title=title)
+    ece, oe = (f"{mean:.4f} ± {sd:.4f}" for mean, sd in by_chance)
+    text = f"ECE {metrics.ece:.4f}, by chance {ece}\nOE {metrics.oe:.4f}, by chance {oe}"
+    top.set_title("\n".join(filter(None, [title, text])), fontsize="medium")
+    top.set(xlim=(0, 1), ylim=(0, 1), ylabel="Accuracy")
     bottom.bar((np.arange(len(n)) + 0.5) * width, n / n.sum(), color="0.55", edgecolor="white", **bar)
     bottom.axvline(metrics.accuracy, color=blue, linewidth=1.2, label="mean accuracy")
     bottom.axvline(mean_confidence, color=red, linewidth=1.2, linestyle="--", label="mean confidence")

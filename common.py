@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
-import cifar_models  # noqa: F401 registers its models with timm
+import cifar_models  # registers its models with timm
 import data_parallel
 from augmentation import AugMix, CutOut, Mix, Standard, normalize  # noqa: F401 as below
 from calibration import calibration_metrics, scores_of_run, write_reliability
@@ -52,7 +52,7 @@ from run_files import (
     load_probabilities,
     load_weights,
     locked,
-    read_csv,
+    read_bins,
     read_published,
     read_result,
     save_weights,
@@ -196,6 +196,7 @@ class Run:
         self.sources: list[str] = []  # the teachers or members: folders, or artifacts in W&B
         self.sweep = False  # whether it is the run that a W&B agent asked for, not one that is trained on its way
         self.needed = "result.json"  # the file for want of which it is trained
+        self.wanted_by: list[Path] = []  # by which runs, that wait for it
         if data_parallel.size() > 1 and self.cfg.dataset == "folder":
             _ = self.data  # read by all processes now: later the first one may ask alone, and would wait for the others
 
@@ -219,7 +220,10 @@ class Run:
             raise UserError(f"timm knows no model {name}: {near}? One of your own is made known by @register_model")
         seed_everything(self.cfg.seed, 0)
         self.model_name = name
-        return timm.create_model(name, num_classes=self.num_classes)
+        model = timm.create_model(name, num_classes=self.num_classes)
+        if not hasattr(model, "pretrained_cfg"):  # one that timm did not build: its distillation asks for these
+            model.pretrained_cfg = {"mean": cifar_models.CIFAR_MEAN, "std": cifar_models.CIFAR_STD}
+        return model
 
     def teacher(self, *rows: str) -> Teacher:
         """The trained models of these rows, frozen, at their last epoch.
@@ -485,6 +489,9 @@ class Run:
             run = Run(row, config_type(main)(**{**handed_on, "overwrite": False}), main)
             file = data_parallel.from_first(lambda: run.find(needed))
             if file is None:
+                run.wanted_by = [*self.wanted_by, self.path]
+                if run.path in run.wanted_by:
+                    raise UserError(f"{row} needs itself: name another teacher or member")
                 print(f"{self.row} needs {row}, which is not in {run.path} yet: training it first")
                 run.needed, file = needed, run.path / needed
                 main(run.cfg, run)  # not run_row: a result whose files are gone stays until the new one is whole
@@ -541,7 +548,11 @@ class Run:
         return next(filter(Path.is_file, files), None)
 
     def _load_model(self, file: Path) -> nn.Module:
-        name = read_result(file.parent)["model"]
+        result = read_result(file.parent)
+        name = result["model"]
+        if name and not timm.is_model(name):
+            with suppress(UserError):
+                load_recipe(result["row"])  # which may register it
         if not name or not timm.is_model(name):
             raise UserError(
                 f"{file.parent / 'result.json'} is of a model that timm does not know here: {str(name)[:100]}"
@@ -727,7 +738,8 @@ def summary(result: dict[str, Any], path: Path) -> str:
                 label = "published, row's own"  # nothing was published for this variant
             lines.append(f"{label:22}{numbers['accuracy']:>9.2%} {numbers['ece']:>9.4f}{numbers['oe']:>9.4f}")
     if (file := path / "reliability.csv").is_file():
-        bins = read_csv(file, ("count", "confidence"))
-        ece, oe = errors_by_chance(*([b[name] for b in bins] for name in ("count", "confidence")))
-        lines.append(f"{'calibrated, by chance':32}{ece:>9.4f}{oe:>9.4f}")
+        bins = read_bins(file)
+        by_chance = errors_by_chance(*([b[name] for b in bins] for name in ("count", "confidence")))
+        for label, (ece, oe) in zip(("calibrated, by chance", "  ± between test sets"), by_chance.T, strict=True):
+            lines.append(f"{label:32}{ece:>9.4f}{oe:>9.4f}")
     return "\n".join([*lines, f"result   {path / 'result.json'}", f"diagram  {path / 'reliability.png'}"])

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def errors_by_chance(count: Sequence[float], confidence: Sequence[float]) -> tuple[float, float]:
-    """The expected ECE and OE, as `calibration_metrics` defines them, of a perfectly calibrated model.
+def errors_by_chance(count: Sequence[float], confidence: Sequence[float]) -> np.ndarray:
+    """ECE and OE, as `calibration_metrics` defines them, of a perfectly calibrated model: of either its mean and its
+    standard deviation between test sets, float64 (2, 2).
 
-    With X_b ~ Binomial(n_b, c_b) right answers in bin b, of n images, ECE is sum_b E|X_b - n_b c_b| / n. OE counts the
-    deviations below the mean, one half of them, times c_b. The mean absolute deviation is de Moivre's (Diaconis &
-    Zabell, 1991, sec. 1): E|X - n c| = 2 k (1 - c) P(X = k), k = floor(n c) + 1.
+    With X_b ~ Binomial(n_b, c_b) right answers in bin b, of n images, ECE is sum_b |X_b - n_b c_b| / n. OE has the
+    deviations below the mean, times c_b: one half of them. The mean absolute deviation is de Moivre's (Diaconis &
+    Zabell, 1991, sec. 1): E|X - n c| = 2 k (1 - c) P(X = k), k = floor(n c) + 1. Of the variance n c (1 - c), one half
+    is taken to lie on either side.
 
     Args:
         count, confidence: images and their mean confidence in each bin, (n_bins,); at least one image.
@@ -23,8 +25,10 @@ def errors_by_chance(count: Sequence[float], confidence: Sequence[float]) -> tup
 
     n, c = np.asarray(count, float), np.asarray(confidence, float)
     k = np.floor(n * c) + 1
-    deviation = 2 * k * (1 - c) * binom.pmf(k, n, c)
-    return float(deviation.sum() / n.sum()), float((c * deviation).sum() / 2 / n.sum())
+    deviation, variance = 2 * k * (1 - c) * binom.pmf(k, n, c), n * c * (1 - c)
+    ece = deviation.sum(), (variance - deviation**2).sum() ** 0.5
+    oe = (c * deviation / 2).sum(), (c**2 * (variance / 2 - deviation**2 / 4)).sum() ** 0.5
+    return np.array([ece, oe]) / n.sum()
 
 
 def consistency_bars(count: Sequence[float], confidence: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

@@ -144,7 +144,7 @@ def reliability(rows: Sequence[Row]) -> Figure:
     handles = [
         Patch(facecolor=PALE_BLUE, label="accuracy"),
         Patch(facecolor="none", edgecolor=RED, hatch="//////", label="gap to confidence"),
-        Line2D([], [], color="0.1", linewidth=0.6, label="calibrated, 95 %"),
+        Line2D([], [], color="0.1", linewidth=0.6, label="one calibrated run, 95 %"),
         Line2D([], [], color="0.2", linestyle="--", linewidth=0.8, label="perfect calibration"),
     ]
     _legend_above(figure, handles)
@@ -251,7 +251,7 @@ def accuracy_ece(rows: Sequence[Row]) -> Figure:
             axes.errorbar(*ours, **bars, **style, elinewidth=0.6, zorder=4)
             points.append(ours)
             if by_chance := row.by_chance:
-                axes.plot(ours[0], by_chance["ece"], marker="_", color="0.55", zorder=2)
+                axes.plot(ours[0], by_chance["ece"].mean, marker="_", color="0.55", zorder=2)
             if theirs:
                 arrow = {"arrowstyle": "-|>", "mutation_scale": 6, "linewidth": 0.5, "color": "0.55", "shrinkB": 3}
                 axes.annotate("", ours, theirs, arrowprops=arrow, zorder=2)

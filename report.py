@@ -20,6 +20,7 @@ from command_line import orderly_end, parse
 from rows import (
     CHOICES,
     FURTHER,
+    OTHER,
     PUBLISHED,
     Row,
     Run,
@@ -92,9 +93,10 @@ def markdown_main_table(rows: Sequence[Row]) -> str:
 
 
 def _cell(row: Row, metric: str, name: str) -> str:
-    if name in ("published", "by chance"):
-        value = (row.published if name == "published" else row.by_chance).get(metric)
-        return "" if value is None else number(metric, value)
+    if name == "by chance":
+        return plus_minus(metric, row.by_chance.get(metric), " ± ")
+    if name == "published":
+        return "" if row.published.get(metric) is None else number(metric, row.published[metric])
     if name not in row.choices:
         return ""
     text = plus_minus(metric, row.statistic(name, metric), " ± ")
@@ -126,9 +128,10 @@ protocols differ by more than chance.
 """
 LEGEND = """\
 Mean ± standard deviation over the seeds. ECE and OE have 100 bins. *best* is the epoch with the best test accuracy, as
-published; *last* is the last one; *selected*, for runs with `--val-size`, is the best on held-out training images. *By
-chance* is what a perfectly calibrated model would have, on as many images with the confidences of *best*. Minutes:
-training and evaluation of one run, the mean over the seeds; its machine may have done other work as well.
+published; *last* is the last one; *selected*, for runs with `--val-size`, is the best on held-out training images; an
+ensemble's are of its members' epochs of that name. *By chance* is what a perfectly calibrated model would have on as
+many images with the confidences of *best*, ± its standard deviation between test sets. Minutes: training and evaluation
+of one run, the mean over the seeds; its machine may have done other work as well.
 """
 
 
@@ -141,15 +144,19 @@ def _computed_on(result: dict[str, Any]) -> str:
 def notes(protocol: str, rows: Sequence[Row]) -> str:
     """What a reader has to know of the protocol before the numbers."""
     results = [run.result for row in rows for run in row.runs]
-    lines = as_published(rows)
-    text = f"Protocol `{protocol}`: {sum(bool(row.runs) for row in lines)} of {len(lines)} rows are there"
+    lines = [row for row in as_published(rows) if row.table != OTHER]
+    there = f"{sum(bool(row.runs) for row in lines)} of {len(lines)} rows are there" if lines else "rows of one's own"
+    text = f"Protocol `{protocol}`: {there}"
     if not results:
         return f"{text}."
     computed = [result for result in results if result.get("precision")] or results  # ensembles compute nothing
     training = " and ".join(sorted({trained_on(result) for result in results}))
     hardware = " and ".join(sorted({_computed_on(result) for result in computed}))
-    commits = sorted({str((result.get("versions") or {}).get("commit"))[:7] for result in results})
+    commits = [str((result.get("versions") or {}).get("commit")) for result in results]
+    commits = sorted({commit[:7] + "+" * commit.endswith("+") for commit in commits})
     text += f", {training}, run on {hardware}; commit{'s' * (len(commits) > 1)} {', '.join(commits)}."
+    if unlike := [f"`{row.label}` ({', '.join(row.unlike)})" for row in rows if row.unlike]:
+        text += f" Runs of one row were not made alike: {'; '.join(unlike)}."
     if protocol not in COMPARABLE:
         text += (
             " Not comparable with the published numbers, which are left out: they are 500 epochs on all of cifar100."
@@ -159,16 +166,16 @@ def notes(protocol: str, rows: Sequence[Row]) -> str:
 
 def markdown(protocol: str, rows: Sequence[Row], others: Sequence[Row], note: str = "") -> str:
     """The whole of table.md. `note` is what a person has to say of these runs."""
-    legend = LEGEND + BRACKETS * (protocol in COMPARABLE)
-    parts = [f"# Results, protocol {protocol}", notes(protocol, rows), *filter(None, [note.strip()])]
-    parts += [markdown_main_table(rows), legend.strip()]
-    parts += filter(None, [questions.markdown(rows)])
-    parts += ["## Further metrics, before → after temperature scaling", markdown_further_table(rows)]
+    legend = LEGEND + BRACKETS * (protocol in COMPARABLE and bool(rows))
+    parts = [f"# Results, protocol {protocol}", notes(protocol, rows or others), *filter(None, [note.strip()])]
+    parts += [markdown_main_table(rows or others), legend.strip()]
+    parts += filter(None, [questions.markdown(rows) if rows else ""])
+    parts += ["## Further metrics, before → after temperature scaling", markdown_further_table(rows or others)]
     parts.append(
         "The temperature of every second test image of a class is fitted by NLL on the others; for *selected* it is "
         "fitted on the held-out images. Adaptive ECE and classwise ECE have 15 bins."
     )
-    if others:
+    if rows and others:
         parts += ["## Other runs", "Settings that the published table does not have.", markdown_main_table(others)]
         parts.append(markdown_further_table(others))
     return "\n\n".join(parts) + "\n"
@@ -202,7 +209,7 @@ def csv_table(rows: Sequence[Row]) -> str:
                 line |= _csv_cells(metric, row.statistic(choice, metric))
                 difference, outside = row.difference(choice, metric) or (None, None)
                 line |= {f"{metric}_difference": difference, f"{metric}_outside": outside}
-                line |= {f"{metric}_by_chance": by_chance.get(metric)} if metric != "accuracy" else {}
+                line |= _csv_cells(f"{metric}_by_chance", by_chance.get(metric)) if metric != "accuracy" else {}
             for metric in FURTHER:
                 line |= _csv_cells(metric, row.statistic(choice, metric))
             line["temperature"] = row.temperature(choice)
@@ -218,7 +225,7 @@ def _csv_cells(name: str, statistic: Statistic | None) -> dict[str, float | None
     return {name: mean, f"{name}_sd": sd}
 
 
-def terminal(protocol: str, rows: Sequence[Row], others: Sequence[Row]) -> str:
+def terminal(protocol: str, rows: Sequence[Row], others: Sequence[Row], note: str = "") -> str:
     """Both tables, at most 100 columns wide."""
 
     def block(row: Row, lines: Sequence[str]) -> Iterator[str]:
@@ -240,7 +247,7 @@ def terminal(protocol: str, rows: Sequence[Row], others: Sequence[Row]) -> str:
                 line += f"{_short(metric, row.statistic(choice, metric)):>{width}} {delta:8}"
             yield line
         if by_chance := row.by_chance:
-            yield f"{'by chance':9}{'':20}" + "".join(f"{number(m, v):>13} {'':8}" for m, v in by_chance.items())
+            yield f"{'by chance':9}{'':20}" + "".join(f"{_short(m, v):>13} {'':8}" for m, v in by_chance.items())
 
     def further_lines(row: Row) -> Iterator[str]:
         for choice in row.choices:
@@ -250,15 +257,17 @@ def terminal(protocol: str, rows: Sequence[Row], others: Sequence[Row]) -> str:
                 cells = (_short(m, row.statistic(choice, m, scaled)) for m in FURTHER)
                 yield f"{line:9}" + "".join(f" {cell:>12}" for cell in cells)
 
-    out = textwrap.wrap(notes(protocol, rows), 100)
+    rows, others = (rows, others) if rows else (others, [])
+    out = textwrap.wrap(notes(protocol, rows), 100) + textwrap.wrap(note, 100)
     out.append(f"\n{'':33}{'accuracy, %':>11} {'':8}{'ECE, 100 bins':>13} {'':8}{'OE, 100 bins':>13}")
     for row in rows:
         out += block(row, list(main_lines(row)))
     explained = "Mean±standard deviation over the seeds"
-    if protocol in COMPARABLE:
+    if protocol in COMPARABLE and any(row.published for row in rows):
         explained += "; then ours minus the published, * where that is more than two standard deviations or, with one "
         explained += "seed, than 0.5 points of accuracy or 0.015 of ECE or OE"
-    explained += ". By chance: what a perfectly calibrated model would have with the same confidences"
+    explained += ". By chance: what a perfectly calibrated model with the confidences of `best` would have, and its "
+    explained += "deviation between test sets"
     out += textwrap.wrap(f"{explained}.", 100)
     out.append(f"\n{'':33}" + "".join(f" {title:>12}" for title in FURTHER.values()))
     for row in rows:
@@ -298,6 +307,8 @@ class Report:
                 problems.append(str(error))
         note = results_dir / protocol / "note.md"
         table, others = sort_into_rows(runs, comparable=protocol in COMPARABLE)
+        if others and not any(row.runs for row in table):
+            table = []  # rows or images of one's own alone: nothing to set beside the published table
         return cls(protocol, table, others, problems, note.read_text() if note.is_file() else "")
 
     @property
@@ -351,7 +362,7 @@ def stale(report: Report, folder: Path) -> list[str]:
     """What of a protocol's tables and figures is not that of its results, in a line each that names the rows."""
     lines = []
     for name, text in report.texts().items():
-        old = file_bytes(folder / name).decode() if (folder / name).is_file() else ""
+        old = file_bytes(folder / name).decode(errors="replace") if (folder / name).is_file() else ""
         lines += _compare(folder / name, old, text)
     manifest, sources = _read_manifest(folder / "figures" / "sources.json"), report.sources()
     changed = {key for key in manifest["runs"].keys() | sources.keys() if manifest["runs"].get(key) != sources.get(key)}
@@ -421,7 +432,7 @@ def main(cfg: Config) -> int:
             outdated += stale(report, folder)
             continue
         write(report, folder)
-        print(terminal(protocol, report.table, report.others))
+        print(terminal(protocol, report.table, report.others, report.note))
         if report.lacking:
             lacking = textwrap.shorten(", ".join(report.lacking), 200)
             print(f"without further metrics ({lacking}): uv run report.py --recompute adds them")
@@ -441,7 +452,7 @@ def main(cfg: Config) -> int:
         print(f"skipped: {line}", file=sys.stderr)
     for line in outdated:
         print(f"{line}: uv run report.py brings it up to date", file=sys.stderr)
-    if not found and not cfg.check:
+    if not found and not (cfg.check and cfg.results_dir.is_dir()):
         raise UserError(
             f"there are no results in {cfg.results_dir} (--results-dir): run a row first, for example "
             "uv run recipes/teacher_baseline.py --protocol smoke, which takes two minutes"

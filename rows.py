@@ -4,19 +4,33 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from consistency import errors_by_chance
-from run_files import UserError, atomic_write, load_probabilities, read_csv, read_published, read_result
+from run_files import (
+    NOT_IDENTITY,
+    UserError,
+    atomic_write,
+    load_probabilities,
+    read_bins,
+    read_csv,
+    read_published,
+    read_result,
+    variant,
+)
 
 CHOICES = ("best", "last", "selected")
 PUBLISHED = ("accuracy", "ece", "oe")
 CHANCE = {"accuracy": 0.005, "ece": 0.015, "oe": 0.015}  # what one seed's difference may be by chance
+OTHER = "Other runs"  # the table of those that the published ones do not have
 FURTHER = {
     "ece_15": "ECE, 15 bins",
     "adaptive_ece": "adaptive ECE",
@@ -51,23 +65,33 @@ def read_run(path: Path) -> Run:
     """
     result, file = read_result(path), path / "result.json"
     try:
-        scores = [result[choice][metric] for choice in CHOICES if choice in result for metric in PUBLISHED]
-        whole = all(0 <= score <= 1 for score in scores) and bool(trained_on(result))
-    except (KeyError, TypeError, ValueError):
+        whole = all(map(_whole_scores, (result[choice] for choice in CHOICES if choice in result)))
+        kinds = {"versions": dict, "hardware": str, "precision": str, "processes": int}
+        whole = whole and all(isinstance(result.get(name) or kind(), kind) for name, kind in kinds.items())
+        whole = whole and bool(trained_on(result))
+    except (KeyError, TypeError, ValueError, AttributeError):
         whole = False
     if not whole:
         raise UserError(f"{file} is not a whole result: delete the folder to train this row again")
-    name = f"{result['protocol']}/{result['row']}/seed{result['seed']}"
-    if not f"{path.parent.parent.name}/{path.parent.name}/{path.name}-".startswith(f"{name}-"):
-        raise UserError(f"{file} is the result of {name}: it lies in the wrong folder")
+    name = f"seed{result['seed']}{variant(result['changes'])}"
+    if path.parts[-3:] != (result["protocol"], result["row"], name):
+        raise UserError(
+            f"{file} is the result of {result['protocol']}/{result['row']}/{name}: it lies in the wrong folder"
+        )
     digest = hashlib.sha256(file_bytes(file))
     tables = []
-    needed = {"history.csv": ("epoch", "lr", "accuracy", "ece"), "reliability.csv": ("count", "accuracy", "confidence")}
-    for name, columns in needed.items():
+    for name, read in {"history.csv": read_csv, "reliability.csv": read_bins}.items():
         there = (path / name).is_file()
         digest.update(file_bytes(path / name) if there else b"")
-        tables.append(read_csv(path / name, columns) if there else [])
+        tables.append(read(path / name) if there else [])
     return Run(result, *tables, digest.hexdigest())
+
+
+def _whole_scores(scores: dict[str, Any]) -> bool:
+    """Whether those of one choice of epoch are numbers, and all there but for what older runs lack."""
+    temperatures, further = scores.get("temperatures", []), [*scores.get("scaled", {}).values()]
+    further += [scores[metric] for metric in FURTHER if metric in scores] + temperatures
+    return all(0 <= scores[metric] <= 1 for metric in PUBLISHED) and all(map(math.isfinite, further))
 
 
 def trained_on(result: dict[str, Any]) -> str:
@@ -129,7 +153,7 @@ def recompute_all(paths: Sequence[Path]) -> list[str]:
 class Statistic(NamedTuple):
     mean: float
     sd: float | None
-    """sample standard deviation over seeds; None with one seed"""
+    """standard deviation over seeds, of the sample; None with one seed"""
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Statistic":
@@ -174,11 +198,22 @@ class Row:
     def flags(self) -> str:
         """What to add to the recipe's command line for this variant."""
 
-        def words(value: Any) -> str:
-            return " ".join(f"{v:g}" if isinstance(v, float | int) else str(v) for v in value)
+        def words(name: str, value: Any) -> Iterator[str]:
+            flag = name.replace("_", "-")
+            yield f"--no-{flag}" if value is False else f"--{flag}"
+            for v in value if isinstance(value, list) else [value]:
+                if not isinstance(v, bool):
+                    yield f"{v:g}" if isinstance(v, float | int) else shlex.quote(str(v))
 
-        values = {k: v if isinstance(v, list) else [v] for k, v in self.changes.items()}
-        return " ".join(f"--{name.replace('_', '-')} {words(value)}" for name, value in values.items())
+        return " ".join(word for change in self.changes.items() for word in words(*change))
+
+    @property
+    def unlike(self) -> list[str]:
+        """Settings that are not the same in all runs, and `recipe` where its lines are not."""
+        made = [{**run.result["settings"], "recipe": run.result.get("versions", {}).get("recipe")} for run in self.runs]
+        names = set().union(*made) - NOT_IDENTITY
+        values = {name: {json.dumps(m[name]) for m in made if m.get(name) is not None} for name in names}
+        return sorted(name for name in names if len(values[name]) > 1)
 
     @property
     def label(self) -> str:
@@ -212,14 +247,14 @@ class Row:
         return values and statistics.fmean(value for pair in values for value in pair)
 
     @property
-    def by_chance(self) -> dict[str, float]:
-        """ECE and OE of perfectly calibrated models with the confidences of the best epochs, the mean over the seeds;
-        empty unless every run has its bins."""
+    def by_chance(self) -> dict[str, Statistic]:
+        """ECE and OE of perfectly calibrated models with the confidences of the best epochs, and their deviations
+        between test sets, each the mean over the seeds; empty unless every run has its bins."""
         bins = [[[b[name] for b in run.bins] for name in ("count", "confidence")] for run in self.runs if run.bins]
         if not bins or len(bins) < len(self.runs):
             return {}
-        errors = zip(*(errors_by_chance(*columns) for columns in bins), strict=True)
-        return dict(zip(("ece", "oe"), map(statistics.fmean, errors), strict=True))
+        errors = np.array([errors_by_chance(*columns) for columns in bins]).mean(0)
+        return {metric: Statistic(*map(float, pair)) for metric, pair in zip(("ece", "oe"), errors, strict=True)}
 
     def difference(self, choice: str, metric: str) -> tuple[float, bool] | None:
         """Ours minus the published number, and whether that is `beyond_chance`."""
@@ -253,7 +288,7 @@ def sort_into_rows(runs: Iterable[Run], comparable: bool = True) -> tuple[list[R
                 same = [Row(name, changes, model.table, technique, model.published)]
                 table.insert(like[0] + 1, same[0])
             else:
-                same = [Row(name, changes, "Other runs", "")]
+                same = [Row(name, changes, OTHER, "")]
                 others.append(same[0])
         same[0].runs.append(run)
     table = [row for row in table if row.runs or row.published or not row.changes]  # variants are there to be compared

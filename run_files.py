@@ -176,6 +176,24 @@ def variant(changes: dict[str, Any]) -> str:
     return f"-{hashlib.sha256(json.dumps(changes, sort_keys=True).encode()).hexdigest()[:8]}" if changes else ""
 
 
+# Settings that leave a run the same run: where it happens, and what at most moves the last bits of its numbers.
+NOT_IDENTITY = {
+    "protocol",
+    "seed",
+    "data_dir",
+    "device",
+    "results_dir",
+    "overwrite",
+    "teacher_from",
+    "share_teachers",
+    "compile",
+    "deterministic",
+    "wandb_mode",
+    "wandb_project",
+    "wandb_charts",
+    "wandb_thumbnails",
+}
+
 # Files small enough to be published, in half precision, by what they stand in for. Of probabilities it is the
 # logarithms, since half precision has nothing between 0 and 6e-8.
 HALF = {"model.safetensors": "model.fp16.safetensors", "probabilities.npz": "log_probabilities.fp16.npz"}
@@ -222,8 +240,8 @@ def write_csv(path: Path, lines: Sequence[dict[str, Any]]) -> None:
         file.write(csv_text(lines).encode())
 
 
-def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, float]]:
-    """What `write_csv` wrote of numbers, line by line.
+def read_csv(path: Path, columns: Sequence[str] = ("epoch", "lr", "accuracy", "ece")) -> list[dict[str, float]]:
+    """What `write_csv` wrote of numbers, line by line: a run's `history.csv`, if no other columns are asked for.
 
     Raises:
         UserError: the file is damaged, or lacks one of the columns.
@@ -235,8 +253,30 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, float]]:
         if not finite or not set(columns) <= set(lines.fieldnames or ()):
             raise ValueError
     except (ValueError, TypeError, csv.Error):
-        raise UserError(f"{path} is damaged: delete it, and --recompute or train this row again") from None
+        raise UserError(f"{path} is damaged: delete it, for a report does without") from None
     return numbers
+
+
+def read_bins(path: Path) -> list[dict[str, float]]:
+    """The 100 bins of a run's `reliability.csv`: count, accuracy and confidence.
+
+    Raises:
+        UserError: the file is damaged, or its numbers are none of bins.
+    """
+    try:
+        bins = read_csv(path, ("count", "accuracy", "confidence"))
+        fractions = all(0 <= line[name] <= 1 for line in bins for name in ("accuracy", "confidence"))
+        counts = [line["count"] for line in bins]
+        if (
+            len(bins) != 100
+            or not fractions
+            or not all(n >= 0 and n.is_integer() for n in counts)
+            or not 0 < sum(counts) < 1e9
+        ):
+            raise UserError
+    except UserError:
+        raise UserError(f"{path} is damaged: delete it, and report.py --recompute writes it anew") from None
+    return bins
 
 
 def read_published() -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import tyro
 
-from run_files import UserError
+from run_files import NOT_IDENTITY, UserError
 from training import Compile, Precision
 
 
@@ -110,25 +110,6 @@ class TrainConfig(Config):
     precision: Precision = "auto"
     """of the models' arithmetic while they train: auto is bf16 on a GPU that has it and fp32 elsewhere; losses and
     evaluation are fp32 always, with TF32 convolutions on a GPU"""
-
-
-# Settings that leave a run the same run: where it happens, and what at most moves the last bits of its numbers.
-NOT_IDENTITY = {
-    "protocol",
-    "seed",
-    "data_dir",
-    "device",
-    "results_dir",
-    "overwrite",
-    "teacher_from",
-    "share_teachers",
-    "compile",
-    "deterministic",
-    "wandb_mode",
-    "wandb_project",
-    "wandb_charts",
-    "wandb_thumbnails",
-}
 
 
 def resolve(cfg: Config) -> Config:

@@ -142,7 +142,7 @@ class Tracker:
         """Log a run that was finished before, from its folder."""
         file = self.folder / "history.csv"
         if file.is_file():  # an ensemble has none
-            self.log(read_csv(file, ("epoch", "accuracy")))
+            self.log(read_csv(file))
         self.finish(result, result["classes"])
 
     # In the thread ----------------------------------------------------------------------------------------

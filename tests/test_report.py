@@ -18,7 +18,8 @@ import figures
 import report
 from calibration import calibration_metrics, reliability_diagram, scores_of_run
 from consistency import errors_by_chance
-from run_files import UserError, read_published, write_csv
+from rows import Row, read_run
+from run_files import UserError, read_published, variant, write_csv
 
 ROOT = Path(report.__file__).parent
 MARKED = "before\n<!-- table:begin -->\nold\n<!-- table:end -->\nafter\n"
@@ -27,7 +28,7 @@ MARKED = "before\n<!-- table:begin -->\nold\n<!-- table:end -->\nafter\n"
 def make_run(results, row, seed=0, changes=None, protocol="short", dataset="cifar100", images=200, classes=10):
     """A finished run of random predictions, as `common.Run` leaves it; --val-size among the changes is heeded."""
     changes = changes or {}
-    folder = results / protocol / row / (f"seed{seed}" + (f"-{len(str(changes)):08x}" if changes else ""))
+    folder = results / protocol / row / f"seed{seed}{variant(changes)}"
     folder.mkdir(parents=True)
     rng = np.random.default_rng([seed, len(row), len(changes)])
     labels = np.sort(rng.integers(0, classes, images))
@@ -122,10 +123,10 @@ def test_table_has_mean_and_deviation_over_seeds_and_every_row(results):
                 for p in results.glob("short/kd_cutmix/*/*.csv")
                 if "reli" in p.name
             ]
-            by_chance = [errors_by_chance(count, confidence) for count, _, confidence in bins]
-            found = [float(line[f"{metric}_by_chance"]) for metric in ("ece", "oe")]
-            assert found == pytest.approx(np.mean(by_chance, 0), abs=1e-6)
-            shown = f"| {found[0]:.4f} |", f"| {found[1]:.4f} |"
+            by_chance = np.mean([errors_by_chance(count, confidence) for count, _, confidence in bins], 0)
+            found = [[float(line[f"{metric}_by_chance{sd}"]) for sd in ("", "_sd")] for metric in ("ece", "oe")]
+            assert np.allclose(found, by_chance, atol=1e-6)
+            shown = [f"| {mean:.4f} ± {sd:.4f} |" for mean, sd in found]
     [empty] = [line for line in lines if line["row"] == "kd_mixup"]
     assert (empty["seeds"], empty["accuracy"], empty["accuracy_published"]) == ("0", "", "0.7448")
     markdown = (results / "short" / "table.md").read_text()
@@ -209,7 +210,13 @@ def test_terminal_fits_100_columns_and_says_what_the_files_say(results, capsys):
     [lambda text: text[: len(text) // 2], lambda text: "", lambda text: "[]", lambda text: "\0\1\2",
      lambda text: text.replace('"best"', '"worst"'), lambda text: text.replace('"seed": 1', '"seed": 7'),
      lambda text: re.sub(r'"accuracy": [\d.]+', '"accuracy": null', text),
-     lambda text: text.replace('"train_size": null', '"train_size": "all"')],
+     lambda text: text.replace('"train_size": null', '"train_size": "all"'),
+     lambda text: re.sub(r'"nll": [\d.]+', '"nll": NaN', text),
+     lambda text: re.sub(r'"nll": [\d.]+', '"nll": "x"', text),
+     lambda text: re.sub(r'"temperatures": \[[^]]+\]', '"temperatures": "x"', text),
+     lambda text: re.sub(r'"scaled": \{[^}]+\}', '"scaled": [1]', text),
+     lambda text: text.replace('"abacus"', "5"), lambda text: text.replace('"abacus"', '"abacus", "versions": "x"'),
+     lambda text: text.replace('"abacus"', '"abacus", "processes": "x"')],
 )  # fmt: skip
 def test_damaged_result_is_named_and_left_out(results, capsys, damage):
     file = results / "short" / "kd_cutmix" / "seed1" / "result.json"
@@ -232,10 +239,70 @@ def test_damaged_curves_are_named_and_left_out(results, capsys, name, damage):
     assert str(file) in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [lambda lines: lines[:-1], lambda lines: [*lines[:-1], "5,0.5,1.5"], lambda lines: [*lines[:-1], "5,-0.1,0.9"],
+     lambda lines: [*lines[:-1], "-5,0.5,0.9"], lambda lines: [*lines[:-1], "5.5,0.5,0.9"],
+     lambda lines: [*lines[:-1], "1e300,0.5,0.9"], lambda lines: [lines[0], *["0,0,0"] * 100]],
+)  # fmt: skip
+def test_bins_that_are_none_are_damaged(results, capsys, damage):
+    file = results / "short" / "kd_cutmix" / "seed1" / "reliability.csv"
+    file.write_text("\n".join(damage(file.read_text().splitlines())) + "\n")
+    with pytest.raises(UserError, match=rf"{file} is damaged: delete it, and report.py --recompute writes it anew"):
+        read_run(file.parent)
+    file.unlink()
+    assert run(results, recompute=True) == 0 and read_run(file.parent).bins
+
+
+def test_a_copy_of_a_run_is_no_further_seed(results, capsys):
+    folder = results / "short" / "kd_cutmix"
+    shutil.copytree(folder / "seed1", folder / "seed1-backup")
+    assert run(results) == 1
+    assert "seed1-backup/result.json is the result of short/kd_cutmix/seed1: it lies in the" in capsys.readouterr().err
+    assert {line["row"]: line["seeds"] for line in read_csv(results)}["kd_cutmix"] == "2"
+
+
+def test_runs_of_a_row_that_were_not_made_alike_are_named(results, capsys):
+    settings = {"epochs": 4, "train_size": None, "lr": 0.01, "compile": "off"}
+    for seed, lr in enumerate((0.01, 1e-6)):
+        file = results / "short" / "kd_cutmix" / f"seed{seed}" / "result.json"
+        made = {
+            "settings": settings | {"lr": lr, "compile": "auto"},
+            "versions": {"recipe": f"{seed}", "commit": "c0ffee12+"},
+        }
+        file.write_text(json.dumps(json.loads(file.read_text()) | made))
+    assert run(results) == 0
+    for text in (capsys.readouterr().out, (results / "short" / "table.md").read_text()):
+        assert "Runs of one row were not made alike: `kd_cutmix` (lr, recipe)." in " ".join(text.split())
+        assert "commits None, c0ffee1+" in " ".join(text.split())
+
+
+def test_of_rows_of_ones_own_alone_the_published_table_is_left_out(tmp_path, capsys):
+    make_run(tmp_path, "my_row", dataset="folder")
+    make_run(tmp_path, "kd_cutmix", changes={"dataset": "folder"}, dataset="folder")
+    assert run(tmp_path) == 0
+    markdown = (tmp_path / "short" / "table.md").read_text()
+    for text in (capsys.readouterr().out, markdown):
+        assert "rows of one's own, 4 epochs on all of folder" in " ".join(text.split())
+        assert "my_row" in text and "kd_mixup" not in text and "ublished epoch" not in text and "74.62" not in text
+    assert "| `my_row` | 1 |" in markdown and "| `kd_cutmix --dataset folder` | 1 |" in markdown
+    assert markdown.count("| Recipe |") == 2 and "## Other runs" not in markdown and "In brackets" not in markdown
+    assert [line["row"] for line in read_csv(tmp_path)] == ["kd_cutmix", "kd_cutmix", "my_row", "my_row"]
+    assert run(tmp_path, check=True) == 0
+
+
+def test_a_variant_is_labelled_by_the_flags_that_make_it():
+    changes = {"flips": True, "share": False, "lr": 0.1, "weights": [1.0, 5.0], "name": "a b"}
+    row = Row("kd_cutmix", changes, "", "")
+    assert row.flags == "--flips --no-share --lr 0.1 --weights 1 5 --name 'a b'"
+
+
 def test_nothing_to_report_says_what_to_run_first(tmp_path, results, monkeypatch, capsys):
     for folder in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(UserError, match=r"uv run recipes/teacher_baseline.py"):
             run(folder)
+    with pytest.raises(UserError, match=r"no results in"):
+        run(tmp_path / "nowhere", check=True)
     with pytest.raises(UserError, match=r"protocol quick.*found: short"):
         run(results, protocol="quick")
     with pytest.raises(UserError, match="--recompute"):
@@ -373,13 +440,16 @@ def test_recomputed_metrics_of_an_old_run_are_those_of_a_fresh_one(results, caps
     assert (folder / "reliability.png").read_bytes() == (results / "drawn.png").read_bytes()
 
 
-def test_a_note_on_the_runs_of_a_protocol_is_in_its_table(results):
+def test_a_note_on_the_runs_of_a_protocol_is_in_its_table(results, capsys):
     assert run(results) == 0
     (results / "short" / "note.md").write_text("A fault of these runs.\n")
     assert run(results, check=True) == 1
     assert run(results) == 0
     assert "\n\nA fault of these runs.\n\n| Recipe |" in (results / "short" / "table.md").read_text()
+    assert "\nA fault of these runs.\n" in capsys.readouterr().out
     assert run(results, check=True) == 0
+    (results / "short" / "table.md").write_bytes(b"\xff\xfe")
+    assert run(results, check=True) == 1
 
 
 def test_recompute_names_probabilities_that_are_damaged_or_not_there(results, capsys):
@@ -464,4 +534,4 @@ def test_bins_of_few_images_show_by_their_bars_what_they_are_worth(tmp_path):
     _, curve = figures.curves(rows).axes[0].lines  # a line through them would say too much
     assert list(curve.get_xdata()) == pytest.approx([0.605, 0.975])
     [dash] = [line for line in figures.accuracy_ece(rows).axes[0].lines if line.get_marker() == "_"]
-    assert dash.get_ydata() == pytest.approx([rows[0].by_chance["ece"]])
+    assert dash.get_ydata() == pytest.approx([rows[0].by_chance["ece"].mean])

@@ -105,7 +105,7 @@ def test_a_finished_run_is_only_printed(tmp_path, monkeypatch):
     assert "published, CIFAR-100" in text and "74.62%" in text and f"{first['best']['accuracy']:.2%}" in text
     assert str(path / "result.json") in text and str(path / "reliability.png") in text
     count, _, confidence = np.loadtxt(path / "reliability.csv", delimiter=",", skiprows=1).T
-    ece, oe = errors_by_chance(count, confidence)
+    ece, oe = errors_by_chance(count, confidence)[:, 0]
     assert f"calibrated, by chance {'':10}{ece:>9.4f}{oe:>9.4f}" in text
     real = first | {"dataset": "cifar100", "protocol": "paper"}
     for about, label in (
@@ -369,6 +369,46 @@ def test_recipes_share_a_module_beside_them(recipes):
     assert common.load_recipe("own")(None, None) == 7
     with pytest.raises(UserError, match="there is no recipe _shared: it should be one of own, or"):
         common.load_recipe("_shared")
+
+
+OWN_NETWORK = """
+import common
+from timm.models import register_model
+from timm.task import {task}
+from torch import nn
+
+@register_model
+def {name}(pretrained=False, num_classes=10, **kwargs):
+    return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, num_classes))
+
+def main(cfg: common.TrainConfig, run: common.Run) -> None:
+    run.fit({task}(run.create_model("{name}"){teacher}, nn.CrossEntropyLoss()), common.Standard())
+"""
+
+
+def test_a_network_of_ones_own_learns_from_another(recipes, tmp_path):
+    """Plain modules, of which timm has made nothing; the teacher's is known once its recipe is read."""
+    (recipes / "own_teacher.py").write_text(OWN_NETWORK.format(task="ClassificationTask", name="own_net", teacher=""))
+    cfg = common.TrainConfig(protocol="smoke", epochs=1, train_size=96, results_dir=tmp_path / "results")
+    common.run_row("own_teacher", common.load_recipe("own_teacher"), cfg)
+    common.load_recipe.cache_clear()
+    timm.models._registry._model_entrypoints.pop("own_net")  # as in another process
+    folder = common.Run("own_teacher", cfg).path
+    teacher = f", run.teacher({str(folder)!r})"
+    (recipes / "own_student.py").write_text(
+        OWN_NETWORK.format(task="LogitDistillationTask", name="other_net", teacher=teacher)
+    )
+    result = common.run_row("own_student", common.load_recipe("own_student"), cfg)
+    assert (result["model"], result["sources"]) == ("other_net", [str(folder)])
+
+
+def test_rows_that_need_each_other_are_named(recipes, tmp_path):
+    cfg = common.TrainConfig(protocol="smoke", results_dir=tmp_path / "results")
+    for row, needed in (("one", "other"), ("other", "one"), ("alone", "alone")):
+        write_recipe(recipes, row, f"def main(cfg: common.TrainConfig, run): run.teacher('{needed}')")
+    for row in ("one", "alone"):
+        with pytest.raises(UserError, match=f"{row} needs itself: name another teacher or member"):
+            common.run_row(row, common.load_recipe(row), cfg)
 
 
 @pytest.mark.parametrize("elsewhere", ["../evil", "{folder}/evil"])
