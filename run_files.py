@@ -265,14 +265,10 @@ def read_bins(path: Path) -> list[dict[str, float]]:
     """
     try:
         bins = read_csv(path, ("count", "accuracy", "confidence"))
-        fractions = all(0 <= line[name] <= 1 for line in bins for name in ("accuracy", "confidence"))
         counts = [line["count"] for line in bins]
-        if (
-            len(bins) != 100
-            or not fractions
-            or not all(n >= 0 and n.is_integer() for n in counts)
-            or not 0 < sum(counts) < 1e9
-        ):
+        counted = all(n >= 0 and n.is_integer() for n in counts) and 0 < sum(counts) < 1e9
+        fractions = all(0 <= line[name] <= 1 for line in bins for name in ("accuracy", "confidence"))
+        if not (len(bins) == 100 and counted and fractions):
             raise UserError
     except UserError:
         raise UserError(f"{path} is damaged: delete it, and report.py --recompute writes it anew") from None
