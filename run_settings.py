@@ -54,7 +54,7 @@ class Config:
     epochs: Count | None = None
     """epochs, if not the protocol's; its milestones then keep their place in proportion"""
     milestones: tuple[Count, ...] | None = None
-    """epochs after which the learning rate is divided by 10, if not the protocol's"""
+    """epochs after which the learning rate is divided by 10, if not the protocol's; without a number it never is"""
     seed: Seed = 0
     """decides the initial weights, the order of the images and every augmentation"""
     dataset: Literal["cifar100", "digits", "folder"] | None = None
@@ -136,13 +136,15 @@ def resolve(cfg: Config) -> Config:
         raise UserError(f"{' and '.join(flag(name) for name in weights)} must not all be 0")
     protocol = PROTOCOLS[cfg.protocol]
     epochs = cfg.epochs or protocol.epochs
-    if cfg.milestones and list(cfg.milestones) != sorted(m for m in cfg.milestones if m <= epochs):
-        raise UserError(f"--milestones must rise and end by epoch {epochs}, not {' '.join(map(str, cfg.milestones))}")
     in_proportion = tuple(math.ceil(m * epochs / protocol.epochs) for m in protocol.milestones)
+    milestones = in_proportion if cfg.milestones is None else cfg.milestones
+    # In proportion they may fall together, where epochs are few; by hand that would be a slip.
+    if milestones != in_proportion and list(milestones) != sorted({m for m in milestones if m <= epochs}):
+        raise UserError(f"--milestones must rise and end by epoch {epochs}, not {' '.join(map(str, milestones))}")
     dataset = cfg.dataset or protocol.dataset
     decided = {
         "epochs": epochs,
-        "milestones": cfg.milestones or in_proportion,
+        "milestones": milestones,
         "dataset": dataset,
         "train_size": cfg.train_size or (protocol.train_size if dataset == protocol.dataset else None),
     }

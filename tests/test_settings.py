@@ -59,11 +59,13 @@ def test_settings_are_the_papers(row):
         (dict(protocol="short", epochs=120), 120, (75, 90, 105)),
         (dict(epochs=1), 1, (1, 1, 1)),  # no milestone before the first epoch
         (dict(epochs=10, milestones=(5,)), 10, (5,)),
+        (dict(milestones=()), 500, ()),
     ],
 )
 def test_milestones_keep_their_place(settings, epochs, milestones):
     cfg = common.resolve(config("kd_cutmix", **settings))
     assert (cfg.epochs, cfg.milestones) == (epochs, milestones)
+    assert common.resolve(cfg) == cfg  # as a teacher's settings are, handed on
 
 
 def test_the_cpu_protocol_is_a_tenth_of_the_images():
@@ -137,6 +139,7 @@ WRONG = [
     ("kd_cutmix", "--epochs 1e3", "--epochs"),
     ("kd_cutmix", "--epochs nan", "--epochs"),
     ("kd_cutmix", "--milestones 5 3", "--milestones must rise and end by epoch 500, not 5 3"),
+    ("kd_cutmix", "--milestones 5 5", "--milestones must rise and end by epoch 500, not 5 5"),
     ("kd_cutmix", "--epochs 10 --milestones 5 11", "--milestones must rise and end by epoch 10, not 5 11"),
     ("kd_cutmix", "--seed 1.5", "--seed"),
     ("kd_cutmix", "--seed", "--seed"),
