@@ -149,7 +149,7 @@ class BatchedAugMix:
         severity: largest level of an operation, out of 10; each draws one from U(0.1, severity).
     """
 
-    def __init__(self, severity: float = 3.0):
+    def __init__(self, severity: float):
         self.severity = severity
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ class TimmAugMix:
         "ShearX", "ShearY", "TranslateXRel", "TranslateYRel",
     )  # fmt: skip
 
-    def __init__(self, severity: float = 3.0):
+    def __init__(self, severity: float):
         hparams = dict(img_mean=(0, 0, 0), translate_pct=1 / 3, interpolation=Image.Resampling.BILINEAR)
         self.augmix = AugMixAugment([AugMixOp(name, 1.0, severity, hparams) for name in self.operations])
 

@@ -202,7 +202,7 @@ def test_augmix_has_the_nine_operations_of_the_paper():
         "autocontrast", "equalize", "posterize", "rotate", "solarize", "shearx", "sheary", "translatex", "translatey"
     }  # fmt: skip
     assert {name.replace("_", "") for name in OPERATIONS} == nine and len(OPERATIONS) == 9
-    timms = [op.name.removesuffix("Increasing").removesuffix("Rel").lower() for op in TimmAugMix().augmix.ops]
+    timms = [op.name.removesuffix("Increasing").removesuffix("Rel").lower() for op in TimmAugMix(severity=3).augmix.ops]
     assert set(timms) == nine and len(timms) == 9
 
 
@@ -239,7 +239,7 @@ def test_augmix_severity_range(monkeypatch):
 
 def test_timms_augmix_chains():
     """Width and depth as AugMix's authors have them, seen through an operation that only counts."""
-    augmix = TimmAugMix().augmix
+    augmix = TimmAugMix(severity=3).augmix
     assert isinstance(augmix, AugMixAugment)
     calls, drawn = [], []
     augmix.ops = [lambda image: calls.append(1) or image]

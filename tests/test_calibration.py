@@ -137,13 +137,19 @@ def test_reliability_diagram_draws_the_metrics():
     bars = calibration_metrics(p, labels, n_bins=20)  # what merging 100 bins by fives must give
     filled = bars.bin_count > 0
     accuracy, gap = top.containers
+    for bar, left in zip(accuracy, np.arange(20)[filled.numpy()] / 20, strict=True):
+        assert (bar.get_x(), bar.get_width()) == pytest.approx((left, 0.05))
     assert [bar.get_height() for bar in accuracy] == pytest.approx(bars.bin_accuracy[filled].tolist())
     assert [bar.get_y() + bar.get_height() for bar in gap] == pytest.approx(bars.bin_confidence[filled].tolist())
     ends = [segment[:, 1] for segment in top.collections[0].get_segments()]
     want = consistency_bars(bars.bin_count[filled].numpy(), bars.bin_confidence[filled].numpy())
     assert np.allclose(ends, np.stack(want, 1))
-    histogram = [bar.get_height() for bar in bottom.containers[0]]
-    assert histogram == pytest.approx((bars.bin_count / 500).tolist())
+    histogram = [(bar.get_x(), bar.get_height()) for bar in bottom.containers[0]]
+    assert np.allclose(histogram, np.stack([np.arange(20) / 20, bars.bin_count / 500], 1))
+    means = [line.get_xdata()[0] for line in bottom.lines]
+    assert means == pytest.approx([metrics.accuracy, p.max(1).values.mean().item()])
+    assert top.lines[0].get_xydata().tolist() == [[0, 0], [1, 1]]  # the diagonal
+    assert (*top.get_xlim(), *top.get_ylim()) == (0, 1, 0, 1)
 
 
 def test_reliability_diagram_with_bins_that_do_not_merge():

@@ -3,25 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from conftest import Linear, RecordingRun
 from scipy.special import softmax
 from scipy.stats import entropy
+from timm.loss import JsdCrossEntropy
 from timm.task import LogitDistillationTask
 from torch import nn
 
 import common
-
-
-class Linear(nn.Linear):
-    """A model whose logits are easy to have: four inputs, flattened, to five classes."""
-
-    num_classes, in_chans = 5, 1
-
-    def __init__(self):
-        super().__init__(4, 5)
-        self.pretrained_cfg = dict(mean=(0.0,), std=(1.0,))
-
-    def forward(self, x):
-        return super().forward(x.flatten(1)) * 5
 
 
 @pytest.fixture
@@ -111,13 +100,10 @@ def test_augmix_objective_is_the_papers():
     assert run.task.criterion(logits, labels).item() == pytest.approx(ce + 12 * js, rel=1e-5)
 
 
-class RecordingRun:
-    """Stands in for `common.Run` and keeps the task."""
-
-    num_classes = 10
-
-    def create_model(self, name):
-        return Linear()
-
-    def fit(self, task, augment):
-        self.task, self.augment = task, augment
+def test_parts_of_the_augmix_loss_are_the_two_terms():
+    task = common.JsdTask(Linear(), JsdCrossEntropy(alpha=3.0, smoothing=0))
+    x, labels = torch.randn(3 * 5, 1, 2, 2), torch.arange(5)
+    result = task(x, labels)
+    p = softmax(result["output"].detach().numpy(), axis=1).reshape(3, 5, 5)
+    assert result["task_loss"].item() == pytest.approx(-np.log(p[0, np.arange(5), labels]).mean(), rel=1e-5)
+    assert result["jsd_loss"].item() == pytest.approx(np.mean([kl(view, p.mean(0)) for view in p]), rel=1e-4)

@@ -1,11 +1,95 @@
-"""All 16 rows, end to end, in the order in which they need each other."""
+"""All 16 rows: what their recipes build, and end to end, in the order in which they need each other."""
 
 import json
 
 import pytest
-from conftest import ROWS, run_row
+from conftest import ROWS, RecordingRun, run_row
+from timm.loss import JsdCrossEntropy, SoftTargetCrossEntropy
+from timm.task import LogitDistillationTask
+from torch import nn
 
 import common
+from augmix import BatchedAugMix, TimmAugMix
+
+TEACHER = dict(model="wrn_40_2", augment=common.Standard, criterion=nn.CrossEntropyLoss)
+STUDENT = dict(model="shufflenet_v1", augment=common.Standard, criterion=nn.CrossEntropyLoss)
+MIX = {**TEACHER, "augment": common.Mix, "criterion": SoftTargetCrossEntropy, "mixup_alpha": 0.0, "cutmix_alpha": 0.0}
+AUGMIX = {**TEACHER, "augment": common.AugMix, "criterion": JsdCrossEntropy, "smoothing": 0.0}
+KD = {**STUDENT, "temperature": 50.0, "task_loss_weight": 0.2, "distill_loss_weight": 0.8}
+FOUR = {"teacher_mixup", "teacher_cutmix", "teacher_cutout", "teacher_augmix"}
+BUILT = {
+    "teacher_baseline": TEACHER,
+    "teacher_mixup": {**MIX, "mixup_alpha": 0.3},
+    "teacher_cutmix": {**MIX, "cutmix_alpha": 1.0},
+    "teacher_cutout": {**TEACHER, "augment": common.CutOut, "size": 0.5},
+    "teacher_augmix": {**AUGMIX, "severity": 3.0, "backend": BatchedAugMix, "alpha": 12.0},
+    "student_baseline": STUDENT,
+    "kd_vanilla": {**KD, "teachers": {"teacher_baseline"}},
+    "kd_mixup": {**KD, "teachers": {"teacher_mixup"}},
+    "kd_cutmix": {**KD, "teachers": {"teacher_cutmix"}},
+    "kd_cutout": {**KD, "teachers": {"teacher_cutout"}},
+    "kd_augmix": {**KD, "teachers": {"teacher_augmix"}},
+    "kd_ensemble_add_loss": {**KD, "teachers": FOUR, "reduction": "add"},
+    "kd_ensemble_avg_loss": {**KD, "teachers": FOUR, "reduction": "mean"},
+    "kd_ensemble_avg_softmax": {**KD, "teachers": FOUR, "reduction": "softmax_mean"},
+}
+# A value that no recipe has by itself, for each setting that one has: what it is of what is built
+CHANGED = {
+    "temperature": {"temperature": 7.0},
+    "kd_weight": {"distill_loss_weight": 0.3},
+    "ce_weight": {"task_loss_weight": 0.6},
+    "reduction": {"reduction": "softmax_sum"},
+    "teacher": {"teachers": {"my_row"}},
+    "teachers": {"teachers": {"my_row", "another"}},
+    "hole": {"size": 0.25},
+    "severity": {"severity": 5.0},
+    "jsd_weight": {"alpha": 3.0},
+}
+
+
+def built(row: str, **settings) -> dict:
+    """What of a row's recipe differs from others', as its task and its augmentation have it."""
+    main, run = common.load_recipe(row), RecordingRun()
+    main(common.config_type(main)(**settings), run)
+    task, augment = run.task, run.augment
+    found = dict(model=run.model, augment=type(augment), criterion=type(task.criterion))
+    if hasattr(run, "teachers"):
+        found["teachers"] = set(run.teachers)
+        assert isinstance(task, LogitDistillationTask) and task.teacher.model is not task.trainable_module
+    for of, names in (
+        (task, ("temperature", "task_loss_weight", "distill_loss_weight", "reduction")),
+        (getattr(augment, "mixup", None), ("mixup_alpha", "cutmix_alpha")),
+        (augment, ("size",)),
+    ):
+        found |= {name: getattr(of, name) for name in names if hasattr(of, name)}
+    if isinstance(augment, common.AugMix):
+        backend = augment.augmix
+        severity = backend.severity if isinstance(backend, BatchedAugMix) else backend.augmix.ops[0].magnitude
+        found |= dict(backend=type(backend), severity=severity, alpha=task.criterion.alpha)
+        found["smoothing"] = getattr(task.criterion.cross_entropy_loss, "smoothing", 0.0)
+    return found
+
+
+@pytest.mark.parametrize("row", BUILT)
+def test_recipe_builds_the_published_row(row):
+    assert built(row) == BUILT[row]
+
+
+@pytest.mark.parametrize("row", BUILT)
+def test_every_setting_of_a_recipe_reaches_what_it_builds(row):
+    names = common.config_type(common.load_recipe(row)).__annotations__.keys() - {"lr", "batch_size"}
+    for name in names:
+        if name == "alpha":
+            change = {"mixup_alpha" if row == "teacher_mixup" else "cutmix_alpha": 0.7}
+        else:
+            change = CHANGED.get(name, {"backend": TimmAugMix})
+        (value,) = change.values()
+        value = {"teacher": "my_row", "teachers": ("my_row", "another"), "augmix": "timm"}.get(name, value)
+        assert built(row, **{name: value}) == {**BUILT[row], **change}
+
+
+def test_those_are_all_rows_that_train():
+    assert sorted(BUILT) == [row for row in ROWS if row not in ("teacher_ensemble", "student_ensemble")]
 
 
 @pytest.fixture(scope="module")

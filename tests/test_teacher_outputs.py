@@ -118,3 +118,15 @@ def test_what_is_no_such_file_is_computed_anew(tmp_path, content):
     outputs.save()
     outputs = EpochOutputs([file], 6, torch.device("cpu"))
     assert torch.equal(torch.cat([outputs.step(None, part) for part in views.split(4)]), views + 1)
+
+
+def test_several_teachers_have_a_file_each(tmp_path):
+    files, views = [tmp_path / "a.npz", tmp_path / "b.npz"], torch.arange(18.0).view(6, 3)
+    outputs = EpochOutputs(files, 6, torch.device("cpu"))
+    for part in views.split(3):
+        outputs.step(lambda x: torch.stack([x + 1, x * 2]), part)
+    outputs.save()
+    for chosen, want in ((files, [views + 1, views * 2]), (files[1:], [views * 2])):
+        outputs = EpochOutputs(chosen, 6, torch.device("cpu"))
+        said = torch.cat([outputs.step(None, part) for part in views.split(4)], dim=-2)
+        assert torch.equal(said, torch.stack(want) if len(want) > 1 else want[0])
