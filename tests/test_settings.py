@@ -58,7 +58,9 @@ def test_settings_are_the_papers(row):
         (dict(protocol="quick"), 30, (19, 23, 27)),
         (dict(protocol="short", epochs=120), 120, (75, 90, 105)),
         (dict(epochs=1), 1, (1, 1, 1)),  # no milestone before the first epoch
-        (dict(epochs=10, milestones=(5,)), 10, (5,)),
+        (dict(protocol="cpu"), 5, (4,)),
+        (dict(protocol="smoke"), 4, (3,)),
+        (dict(epochs=10, milestones=(5, 10)), 10, (5, 10)),
         (dict(milestones=()), 500, ()),
     ],
 )
@@ -66,6 +68,21 @@ def test_milestones_keep_their_place(settings, epochs, milestones):
     cfg = common.resolve(config("kd_cutmix", **settings))
     assert (cfg.epochs, cfg.milestones) == (epochs, milestones)
     assert common.resolve(cfg) == cfg  # as a teacher's settings are, handed on
+
+
+@pytest.mark.parametrize(
+    ("row", "settings"),
+    [
+        ("kd_cutmix", dict(image_size=16, batch_size=2, seed=0, epochs=1, kd_weight=0.0)),
+        ("kd_cutmix", dict(image_size=1024)),
+        ("teacher_augmix", dict(severity=0.1)),
+        ("teacher_augmix", dict(severity=10.0)),
+        ("teacher_cutout", dict(hole=1.0)),
+        ("teacher_mixup", dict(alpha=0.0)),
+    ],
+)
+def test_a_bound_is_allowed_where_it_says_so(row, settings):
+    assert vars(common.resolve(config(row, **settings))).items() >= settings.items()
 
 
 def test_the_cpu_protocol_is_a_tenth_of_the_images():
