@@ -133,11 +133,8 @@ def reference_transform(kind: str, side: int) -> Callable:
     ]
     if kind != "augmix":
         return transforms.Compose([*geometry, *to_tensor])
-    standard, to_tensor, augmix = (
-        transforms.Compose(geometry),
-        transforms.Compose(to_tensor),
-        TimmAugMix(severity=3).augmix,
-    )
+    standard, to_tensor = transforms.Compose(geometry), transforms.Compose(to_tensor)
+    augmix = TimmAugMix(severity=3).augmix
 
     def three_views(picture):
         picture = standard(picture)

@@ -33,18 +33,20 @@ BUILT = {
     "kd_ensemble_avg_loss": {**KD, "teachers": FOUR, "reduction": "mean"},
     "kd_ensemble_avg_softmax": {**KD, "teachers": FOUR, "reduction": "softmax_mean"},
 }
-# A value that no recipe has by itself, for each setting that one has: what it is of what is built
+# For each setting, a value that no recipe has by itself, and what is then other in what is built
 CHANGED = {
-    "temperature": {"temperature": 7.0},
-    "kd_weight": {"distill_loss_weight": 0.3},
-    "ce_weight": {"task_loss_weight": 0.6},
-    "reduction": {"reduction": "softmax_sum"},
-    "teacher": {"teachers": {"my_row"}},
-    "teachers": {"teachers": {"my_row", "another"}},
-    "hole": {"size": 0.25},
-    "severity": {"severity": 5.0},
-    "jsd_weight": {"alpha": 3.0},
+    "temperature": (7.0, {"temperature": 7.0}),
+    "kd_weight": (0.3, {"distill_loss_weight": 0.3}),
+    "ce_weight": (0.6, {"task_loss_weight": 0.6}),
+    "reduction": ("softmax_sum", {"reduction": "softmax_sum"}),
+    "teacher": ("my_row", {"teachers": {"my_row"}}),
+    "teachers": (("my_row", "another"), {"teachers": {"my_row", "another"}}),
+    "hole": (0.25, {"size": 0.25}),
+    "severity": (5.0, {"severity": 5.0}),
+    "jsd_weight": (3.0, {"alpha": 3.0}),
+    "augmix": ("timm", {"backend": TimmAugMix}),
 }
+ALPHA = {"teacher_mixup": (0.7, {"mixup_alpha": 0.7}), "teacher_cutmix": (0.7, {"cutmix_alpha": 0.7})}
 
 
 def built(row: str, **settings) -> dict:
@@ -79,12 +81,7 @@ def test_recipe_builds_the_published_row(row):
 def test_every_setting_of_a_recipe_reaches_what_it_builds(row):
     names = common.config_type(common.load_recipe(row)).__annotations__.keys() - {"lr", "batch_size"}
     for name in names:
-        if name == "alpha":
-            change = {"mixup_alpha" if row == "teacher_mixup" else "cutmix_alpha": 0.7}
-        else:
-            change = CHANGED.get(name, {"backend": TimmAugMix})
-        (value,) = change.values()
-        value = {"teacher": "my_row", "teachers": ("my_row", "another"), "augmix": "timm"}.get(name, value)
+        value, change = ALPHA[row] if name == "alpha" else CHANGED[name]
         assert built(row, **{name: value}) == {**BUILT[row], **change}
 
 
