@@ -11,6 +11,7 @@ import re
 import shlex
 import signal
 import sys
+from collections import Counter
 
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a cluster's warning is for the run, not for the Snakemake around it
 sys.path.insert(0, workflow.basedir)
@@ -53,17 +54,22 @@ def configured(row, variant=""):
 
 
 def needed(run):
+    """Row, or folder, and file: of what this run reads of others."""
+    for setting, file in NEEDED.items():
+        rows = getattr(run.cfg, setting, ())
+        yield from [(row, file) for row in ([rows] if isinstance(rows, str) else rows)]
+
+
+def inputs(run):
     """The files of other runs that this one reads, for its seed: where only those in half precision are there, as in
     published results, these."""
     def files(wildcards):
-        for setting, file in NEEDED.items():
-            rows = getattr(run.cfg, setting, ())
-            for row in [rows] if isinstance(rows, str) else rows:
-                named = Path(row, "result.json").is_file()
-                folder = Path(row if named else configured(row)[1].format(seed=wildcards.seed))
-                names = [name for name in (file, HALF[file]) if (folder / name).is_file()]
-                finished = (folder / "result.json").is_file() and run.cfg.teacher_from == "results"
-                yield str(folder / (names[0] if names and finished else file))
+        for row, file in needed(run):
+            named = Path(row, "result.json").is_file()
+            folder = Path(row if named else configured(row)[1].format(seed=wildcards.seed))
+            names = [name for name in (file, HALF[file]) if (folder / name).is_file()]
+            finished = (folder / "result.json").is_file() and run.cfg.teacher_from == "results"
+            yield str(folder / (names[0] if names and finished else file))
 
     return files
 
@@ -77,6 +83,7 @@ except UserError as error:
 
 IN_TABLE = [path for (_, flags), (_, path) in JOBS.items() if not flags or config.get("variants")]
 RESULTS = [f"{path.format(seed=seed)}/result.json" for path in IN_TABLE for seed in SEEDS]
+WAITING = Counter(row for run, _ in JOBS.values() for row, _ in needed(run))
 ANY = next(run.cfg for run, _ in JOBS.values())
 REPORT = ANY.results_dir / ANY.protocol
 REPORT_FLAGS = ["--protocol", ANY.protocol, "--results-dir", str(ANY.results_dir)]
@@ -113,9 +120,11 @@ for (row, flags), (run, path) in JOBS.items():
             re.sub(r"\W+", "_", row + flags)
         input:
             recipe(row),
-            needed(run),
+            inputs(run),
         output:
             [f"{path}/{name}" for name in ("result.json", PROBABILITIES, *[WEIGHTS] * hasattr(run.cfg, "lr"))],
+        priority:
+            WAITING[row]  # else a teacher may be left for last, and one core alone be busy with it
         log:
             f"{path}/run.log",
         params:

@@ -68,6 +68,13 @@ def test_the_graph_has_every_row_and_what_it_builds_upon(snakemake):
     assert {a for a, b in edges if b == "table"} == set(ROWS)
 
 
+def test_what_most_wait_for_is_first(snakemake):
+    """Four of the teachers are wanted by eight rows and variants each; students only by their ensemble."""
+    found = dict(re.findall(r"rule (\w+):\n(?: +.*\n)*? +priority: (\d+)", snakemake("-n")))
+    teachers = {f"teacher_{name}": "8" for name in ("mixup", "cutmix", "cutout", "augmix")} | {"teacher_baseline": "4"}
+    assert found == teachers | dict.fromkeys(STUDENTS, "1")
+
+
 def test_variants_and_settings(snakemake):
     jobs = planned(snakemake("-n", config="seeds=1 variants=true val_size=100"))
     tempered = ("kd_vanilla", "kd_ensemble_add_loss", "kd_ensemble_avg_loss")
