@@ -219,8 +219,9 @@ def training(rows: Sequence[Row], metric: str) -> Figure:
     figure = _panels(rows, 5, 1.3, plot)
     figure.supxlabel("Epoch", fontsize=8)
     figure.supylabel("Test accuracy, %" if metric == "accuracy" else "Test ECE, 100 bins", fontsize=8)
+    several = any(len(row.runs) > 1 for row in rows)
     handles = [
-        Line2D([], [], color=BLUE, label="mean and range over seeds"),
+        Line2D([], [], color=BLUE, label="mean and range over seeds" if several else "one seed"),
         Line2D([], [], color="0.75", linewidth=0.8, label="other rows"),
         Line2D([], [], color="0.6", linewidth=0.8, linestyle=":", label="learning rate / 10"),
     ]
