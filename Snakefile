@@ -35,7 +35,7 @@ def flag(name, value):
 
 FLAGS = [word for name, value in config.items() if name not in OWN for word in flag(name, value)]
 if not str(config.get("seeds", 3)).isdecimal() or "seed" in config:
-    raise WorkflowError("--config: seeds is a number, how many seeds to run from 0 on")
+    raise WorkflowError("--config: it is seeds=3, a number, for seeds 0, 1 and 2; a single seed is run by its recipe, with --seed")
 SEEDS = range(int(config.get("seeds", 3)))
 ONE_GPU = [sys.executable, str(common.ROOT / "one_gpu.py"), str(config.get("jobs_per_gpu", 1))]
 WEIGHTS, PROBABILITIES = "model.safetensors", "probabilities.npz"
@@ -54,7 +54,7 @@ def configured(row, variant=""):
 
 
 def needed(run):
-    """Row, or folder, and file: of what this run reads of others."""
+    """What this run reads of others: (row, or a run's folder, and the file in it)."""
     for setting, file in NEEDED.items():
         rows = getattr(run.cfg, setting, ())
         yield from [(row, file) for row in ([rows] if isinstance(rows, str) else rows)]

@@ -83,6 +83,8 @@ def test_variants_and_settings(snakemake):
     commands = snakemake("-n", "-p", config="seeds=1 variants=true val_size=100")
     assert len(re.findall("recipes/.*--val-size 100.* --seed 0", commands)) == 20
     assert "--config: --val-size must be 1 or more, not 0" in snakemake("-n", config="val_size=0")
+    for config in ("seed=1", "seeds=two"):
+        assert "--config: it is seeds=3, a number, for seeds 0, 1 and 2" in snakemake("-n", config=config)
     assert "--config: " in (output := snakemake("-n", config="lr=1")) and "--lr" in output
 
 
