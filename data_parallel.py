@@ -29,14 +29,12 @@ Result = TypeVar("Result")
 def join(device: str) -> torch.device:
     """Join the other processes, if torchrun started this one. Returns the device of this process, `device` a type.
 
-    timm's `init_distributed_device` would do, but for two things. Within a Slurm job it believes Slurm's ranks and not
-    torchrun's. And when torchrun starts all processes again after one died, they get the same key-value store as before
-    and look for each other where the dead ones were; so here each start has keys of its own. (On one machine: machines
-    do not count restarts alike.)
+    timm's `init_distributed_device` would do, but for restarts: when torchrun starts all processes again after one
+    died, they get the same key-value store as before and look for each other where the dead ones were; so here each
+    start has keys of its own. (On one machine: machines do not count restarts alike.)
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return torch.device(device)
-    os.environ.pop("SLURM_PROCID", None)
     local_rank, rank, size = world_info_from_env()
     own = torch.device(device, local_rank if device == "cuda" else None)
     if device == "cuda":
