@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT, run_row
-from two_processes import ROWS, SETTINGS, frozen_batch_norm
+from two_processes import MOVING, ROWS, SETTINGS, frozen_batch_norm
 
 import common
 import data_parallel
@@ -65,6 +65,15 @@ def test_two_processes_take_the_steps_of_one(together, one_process, tmp_path, ro
         (teacher,) = (alone.parent.parent / "teacher_cutmix").glob("seed0*")
         assert_close(results / teacher.relative_to(tmp_path), teacher)
     assert_close(results / alone.relative_to(tmp_path), alone)
+
+
+@pytest.mark.slow
+def test_running_means_are_those_of_all_shares(together, tmp_path):
+    """Of the first batch norm, whose inputs do not depend on another one's share; variances within shares are other."""
+    _, alone = run_row("student_baseline", tmp_path, **MOVING)
+    means = [read(results / alone.relative_to(tmp_path))[2]["bn1.running_mean"] for results in (together[0], tmp_path)]
+    torch.testing.assert_close(*means, atol=1e-6, rtol=1e-3)
+    assert means[0].abs().max() > 0.01
 
 
 @pytest.mark.slow
