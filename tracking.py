@@ -313,6 +313,7 @@ def log_in(what: str) -> None:
     import wandb
 
     with _hidden(SWEEP):
+        wandb.setup(wandb.Settings(silent=True))  # else it asks the server whose key it is, only to print that
         known = wandb.login(prompt=False, verify=False)
     if not known:
         mode = os.environ.get("WANDB_MODE")
