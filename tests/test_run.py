@@ -19,7 +19,7 @@ from conftest import THREE_STEPS, Killed, die, in_epoch, run_row
 import calibration
 import common
 from consistency import errors_by_chance
-from run_files import UserError, atomic_write, load_probabilities, load_weights, sha256
+from run_files import UserError, load_probabilities, load_weights, sha256
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
@@ -469,18 +469,6 @@ def test_a_batch_that_is_too_large_is_noticed_before_the_teacher_is_trained(tmp_
 def test_the_last_single_image_of_an_epoch_is_left_out(tmp_path):
     result, _ = run_row("teacher_mixup", tmp_path, train_size=65, batch_size=32)
     assert np.isfinite(result["last"]["nll"])
-
-
-def test_atomic_write_leaves_the_old_file_until_the_new_one_is_whole(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    with pytest.raises(Killed), atomic_write(path) as file:
-        file.write(b"half of the new")
-        raise Killed
-    assert path.read_bytes() == b"old"
-    with atomic_write(path) as file:
-        file.write(b"new")
-    assert path.read_bytes() == b"new"
 
 
 def test_wandb_records_the_run_offline(tmp_path, monkeypatch):
