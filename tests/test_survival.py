@@ -101,18 +101,35 @@ def flip_a_bit(data: bytes) -> bytes:
     return data[:middle] + bytes([data[middle] ^ 16]) + data[middle + 1 :]
 
 
-DAMAGE = {"cut": lambda data: data[:5000], "empty": lambda data: b"", "bit": flip_a_bit}
+DAMAGE = {
+    "cut": lambda data: data[:5000],
+    "empty": lambda data: b"",
+    "bit": flip_a_bit,
+    "number": lambda data: data.replace(b'"epoch\\": 2', b'"epoch\\": 3', 1),
+    "shape": lambda data: re.sub(rb"\[(\d+),(\d+),3,3\]", rb"[\2,\1,3,3]", data, count=1),
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(damage, tmp_path, monkeypatch, capsys, whole):
     folder = killed_run(tmp_path, monkeypatch)
     path = folder / checkpoint.NAMES[0]
-    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    whole_bytes = path.read_bytes()
+    path.write_bytes(DAMAGE[damage](whole_bytes))
+    assert path.read_bytes() != whole_bytes
     assert files(run_row("student_baseline", tmp_path, **THREE_STEPS)[1]) == whole
     out, err = capsys.readouterr()
     assert f"warning: {path} is damaged (" in err and "going on from the one before" in err
     assert "resuming after epoch 1 of 3" in out
+
+
+def test_a_damaged_checkpoint_never_becomes_the_one_before(tmp_path):
+    path = tmp_path / checkpoint.NAMES[0]
+    checkpoint.save(tmp_path, {"epoch": 1, "w": torch.ones(9)})
+    for epoch in (2, 3):
+        checkpoint.save(tmp_path, {"epoch": epoch, "w": torch.ones(9)})
+        path.write_bytes(path.read_bytes()[:-1])
+        assert checkpoint.load(tmp_path)["epoch"] == 1
 
 
 def test_with_both_checkpoints_damaged_nothing_starts_over(tmp_path, monkeypatch):
