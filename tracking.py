@@ -112,8 +112,8 @@ class Tracker:
 
     def due(self, epoch: int) -> bool:
         """Whether the calibration curves of an epoch, counted from 1, are logged."""
-        parts = [e * self.charts // max(self.epochs, 1) for e in (epoch - 1, epoch)]
-        return epoch == self.epochs or parts[0] < parts[1]
+        before, now = (e * self.charts // max(self.epochs, 1) for e in (epoch - 1, epoch))
+        return before < now
 
     def finish(self, result: dict[str, Any], classes: Sequence[str], images: Any = None) -> None:
         """Log what a finished run's folder holds: the summary, a table of all test images, the model as an artifact.

@@ -101,7 +101,7 @@ def losses(
     torch.manual_seed(1)
     sizes = [8] * (steps - 1) + [6]
     batches = [(torch.randn(size * views, 3, 16, 16).to(dtype), torch.randint(10, (size,))) for size in sizes]
-    hyper = dict(lr=lr, momentum=0.9, weight_decay=5e-4)
+    hyper = dict(lr=lr, momentum=0.8, weight_decay=5e-4)
     task.to(dtype).train()
     if not plain:
         trainer = Trainer(task, torch.device("cpu"), 1000, **hyper, **settings)
