@@ -319,12 +319,13 @@ def test_the_epochs_of_the_curves(epochs, charts):
         assert due == [epochs * part // 10 for part in range(1, 11)]
 
 
-def test_a_preempted_offline_run(tmp_path):
-    tracker = Tracker(tmp_path, mode="offline", epochs=2)
+@pytest.mark.parametrize(("code", "sweep", "preempted"), [(143, False, True), (143, True, False), (130, False, False)])
+def test_a_run_that_is_stopped_is_preempted_unless_a_person_or_a_sweep_stops_it(code, sweep, preempted, tmp_path):
+    tracker = Tracker(tmp_path, mode="offline", epochs=2, sweep=sweep)
     tracker.log([line(1)])
-    tracker.preempted(143)
+    tracker.preempted(code)
     found = records(tmp_path)
-    assert of("preempting", found) == [{}] and of("exit", found)[0]["exit_code"] == 143
+    assert of("preempting", found) == [{}] * preempted and of("exit", found)[0]["exit_code"] == code
     assert [row["epoch"] for row in rows(found)] == [1]
 
 
