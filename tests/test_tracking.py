@@ -209,11 +209,11 @@ def test_an_online_run_resumes_where_the_server_has_it(tmp_path, server):
     assert [row["epoch"] for row in run["history"]] == [1, 2] and run["preempting"] and run["done"] == 143
     second = Tracker(tmp_path, epochs=4, group="row", config={"lr": 0.1}, charts=1)
     second.log([line(1), line(2), line(3)])  # as a run that was killed before it could log its second epoch
-    second.log([line(e) for e in (1, 2, 3, 4)])
+    second.log([line(1), line(2), line(3), line(4, accuracy=0.1)])
     second._close(0)
     assert len(server.runs) == 1 and run["done"] == 0
     assert [row["epoch"] for row in run["history"]] == [row["_step"] for row in run["history"]] == [1, 2, 3, 4]
-    assert run["summary"]["best/epoch"] == 4 and run["summary"]["last/accuracy"] == 0.4
+    assert run["summary"]["best/epoch"] == 3 and run["summary"]["last/accuracy"] == 0.1
 
 
 @pytest.mark.parametrize("trouble", ["down", "slow", "refuses"])
