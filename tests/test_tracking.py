@@ -329,6 +329,14 @@ def test_a_run_that_is_stopped_is_preempted_unless_a_person_or_a_sweep_stops_it(
     assert [row["epoch"] for row in rows(found)] == [1]
 
 
+def test_a_run_that_fails_is_recorded_as_failed(tmp_path):
+    with pytest.raises(RuntimeError), Tracker(tmp_path, mode="offline", epochs=2) as tracker:
+        tracker.log([line(1)])
+        raise RuntimeError
+    found = records(tmp_path)
+    assert of("exit", found)[0]["exit_code"] == 1 and not of("preempting", found)
+
+
 def test_a_killed_process_loses_no_epoch(tmp_path):
     """SIGKILL, right after an epoch is logged and has been written."""
     code = f"""
