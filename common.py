@@ -474,45 +474,49 @@ class Run:
                     raise UserError(f"{row} has no model that could teach: it averages those of other rows")
         if needed == "model.safetensors":  # for a student
             self._check_can_train()
-        return [self._finish_row(row, needed) for row in rows]
+        files = []
+        for row in rows:
+            files.append(self._finish_row(row, needed))
+            self._check_source(files[-1])
+            self.sources.append(row if ARTIFACT.fullmatch(row) else str(files[-1].parent))
+        return files
 
     def _finish_row(self, row: str, needed: str) -> Path:
-        """The same for one row, which is trained if need be."""
+        """The same for one row, which is trained if need be, a finished run's folder, or an artifact."""
         artifact = ARTIFACT.fullmatch(row)
         folder = fetch_artifact(row, self.cfg.results_dir / "artifacts") if artifact else Path(row)
         if artifact or (folder / "result.json").is_file():
             files = (folder / needed, folder / HALF[needed])
-            file = next(filter(Path.is_file, files), files[0])
-        else:
-            main = load_recipe(row)
-            handed_on = {field.name: getattr(self.cfg, field.name) for field in dataclasses.fields(Config)}
-            run = Run(row, config_type(main)(**{**handed_on, "overwrite": False}), main)
-            file = data_parallel.from_first(lambda: run.find(needed))
-            if file is None:
-                run.wanted_by = [*self.wanted_by, self.path]
-                if run.path in run.wanted_by:
-                    raise UserError(f"{row} needs itself: name another teacher or member")
-                print(f"{self.row} needs {row}, which is not in {run.path} yet: training it first")
-                run.needed, file = needed, run.path / needed
-                main(run.cfg, run)  # not run_row: a result whose files are gone stays until the new one is whole
-                print(f"{row} is finished: back to {self.row}")
-            else:
-                run.warn_of_edits(read_result(file.parent))
-                if file.parent != run.path:
-                    print(f"{self.row} takes {row} as published, from {file.parent} (--teacher-from train trains it)")
+            if file := next(filter(Path.is_file, files), None):
+                return file
+            raise UserError(f"{row} has a result.json but no {needed}")
+        main = load_recipe(row)
+        handed_on = {field.name: getattr(self.cfg, field.name) for field in dataclasses.fields(Config)}
+        run = Run(row, config_type(main)(**{**handed_on, "overwrite": False}), main)
+        if file := data_parallel.from_first(lambda: run.find(needed)):
+            run.warn_of_edits(read_result(file.parent))
+            if file.parent != run.path:
+                print(f"{self.row} takes {row} as published, from {file.parent} (--teacher-from train trains it)")
+            return file
+        run.wanted_by = [*self.wanted_by, self.path]
+        if run.path in run.wanted_by:
+            raise UserError(f"{row} needs itself: name another teacher or member")
+        print(f"{self.row} needs {row}, which is not in {run.path} yet: training it first")
+        run.needed = needed
+        main(run.cfg, run)  # not run_row: a result whose files are gone stays until the new one is whole
+        print(f"{row} is finished: back to {self.row}")
+        return run.path / needed
+
+    def _check_source(self, file: Path) -> None:
+        """Refuse a finished run's file that is damaged, or was trained on other classes or images than this run is."""
         path, result = file.parent, read_result(file.parent)
-        if not file.is_file():
-            raise UserError(f"{row if artifact else path} has a result.json but no {needed}")
         if result["classes"] != list(self.data.classes):
             raise UserError(
                 f"{path} knows {len(result['classes'])} classes, not the {self.num_classes} of {self.cfg.dataset}"
             )
         if result["fingerprint"] != self.data.fingerprint:
-            names, theirs, ours = (
-                ("dataset", "image_size", "train_size", "val_size"),
-                result["settings"],
-                vars(self.cfg),
-            )
+            names = ("dataset", "image_size", "train_size", "val_size")
+            theirs, ours = result["settings"], vars(self.cfg)
             differ = [f"{flag(k)} {theirs.get(k)}, not {ours[k]}" for k in names if theirs.get(k) != ours[k]]
             raise UserError(
                 f"{path} was trained on other images than {self.row} is ({'; '.join(differ) or 'other files'}): name "
@@ -523,8 +527,6 @@ class Run:
                 f"{file} is damaged, for it is not what result.json describes: delete it, and {result['row']} "
                 "is trained again"
             )
-        self.sources.append(row if artifact else str(path))
-        return file
 
     def warn_of_edits(self, result: dict[str, Any]) -> None:
         """Say so where a finished run was made by other lines than its recipe has now."""
