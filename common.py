@@ -122,7 +122,7 @@ def run_row(row: str, main: Callable, cfg: Config) -> dict[str, Any]:
     result = None if cfg.overwrite else data_parallel.from_first(run.load_result)
     if result is None:
         try:
-            main(run.cfg, run)
+            result = run.complete(main)
         except RuntimeError as error:  # cuBLAS and cuDNN say what they lack in words alone
             if not re.search("out of memory|ALLOC(ATION)?_FAILED", str(error)):
                 raise
@@ -135,7 +135,7 @@ def run_row(row: str, main: Callable, cfg: Config) -> dict[str, Any]:
         run.warn_of_edits(result)
         if run.sweep:
             run.report(result)
-    return data_parallel.from_first(run.load_result)
+    return result
 
 
 @functools.cache
@@ -258,6 +258,19 @@ class Run:
                 self._average(members, weights)
 
     # How it is done --------------------------------------------------------------------------------------
+
+    def complete(self, main: Callable) -> dict[str, Any]:
+        """Run the recipe. Returns the result that it leaves.
+
+        Raises:
+            UserError: it left no result.
+        """
+        main(self.cfg, self)
+        result = data_parallel.from_first(self.load_result)
+        if result is None:
+            file = main.__code__.co_filename
+            raise UserError(f"{file}: main ended without a result: it has to call run.fit, or run.ensemble")
+        return result
 
     def _check_can_train(self) -> None:
         if not isinstance(self.cfg, TrainConfig):
@@ -476,9 +489,11 @@ class Run:
             self._check_can_train()
         files = []
         for row in rows:
-            files.append(self._finish_row(row, needed))
-            self._check_source(files[-1])
-            self.sources.append(row if ARTIFACT.fullmatch(row) else str(files[-1].parent))
+            file = self._finish_row(row, needed)
+            source = row if ARTIFACT.fullmatch(row) else str(file.parent)
+            self._check_source(source, file)
+            self.sources.append(source)
+            files.append(file)
         return files
 
     def _finish_row(self, row: str, needed: str) -> Path:
@@ -487,9 +502,7 @@ class Run:
         folder = fetch_artifact(row, self.cfg.results_dir / "artifacts") if artifact else Path(row)
         if artifact or (folder / "result.json").is_file():
             files = (folder / needed, folder / HALF[needed])
-            if file := next(filter(Path.is_file, files), None):
-                return file
-            raise UserError(f"{row} has a result.json but no {needed}")
+            return next(filter(Path.is_file, files), files[0])
         main = load_recipe(row)
         handed_on = {field.name: getattr(self.cfg, field.name) for field in dataclasses.fields(Config)}
         run = Run(row, config_type(main)(**{**handed_on, "overwrite": False}), main)
@@ -503,23 +516,25 @@ class Run:
             raise UserError(f"{row} needs itself: name another teacher or member")
         print(f"{self.row} needs {row}, which is not in {run.path} yet: training it first")
         run.needed = needed
-        main(run.cfg, run)  # not run_row: a result whose files are gone stays until the new one is whole
+        run.complete(main)  # not run_row: a result whose files are gone stays until the new one is whole
         print(f"{row} is finished: back to {self.row}")
         return run.path / needed
 
-    def _check_source(self, file: Path) -> None:
-        """Refuse a finished run's file that is damaged, or was trained on other classes or images than this run is."""
-        path, result = file.parent, read_result(file.parent)
+    def _check_source(self, source: str, file: Path) -> None:
+        """Refuse a finished run's file that is missing or damaged, or was trained on other classes or images."""
+        result = read_result(file.parent)
+        if not file.is_file():
+            raise UserError(f"{source} has a result.json but no {file.name}")
         if result["classes"] != list(self.data.classes):
             raise UserError(
-                f"{path} knows {len(result['classes'])} classes, not the {self.num_classes} of {self.cfg.dataset}"
+                f"{source} knows {len(result['classes'])} classes, not the {self.num_classes} of {self.cfg.dataset}"
             )
         if result["fingerprint"] != self.data.fingerprint:
             names = ("dataset", "image_size", "train_size", "val_size")
             theirs, ours = result["settings"], vars(self.cfg)
             differ = [f"{flag(k)} {theirs.get(k)}, not {ours[k]}" for k in names if theirs.get(k) != ours[k]]
             raise UserError(
-                f"{path} was trained on other images than {self.row} is ({'; '.join(differ) or 'other files'}): name "
+                f"{source} was trained on other images than {self.row} is ({'; '.join(differ) or 'other files'}): name "
                 "another run, or a row to train"
             )
         if sha256(file) != result["files"].get(file.name):

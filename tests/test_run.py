@@ -339,6 +339,7 @@ WRONG_RECIPES = {
     "def main(cfg, run): pass": "main has to name its settings, as in main(cfg: common.TrainConfig",
     "class Own(common.TrainConfig):\n    hot: bool = True\n\ndef main(cfg: Own, run): pass": "Own needs @dataclass",
     TRAINS.replace("TrainConfig", "Config"): "own cannot train: its settings have to extend common.TrainConfig",
+    "def main(cfg: common.TrainConfig, run): pass": "own.py: main ended without a result: it has to call run.fit",
     TRAINS.replace("shufflenet_v1", "shuflenet_v1"): "timm knows no model shuflenet_v1: shufflenet_v1",
 }
 
@@ -409,6 +410,22 @@ def test_rows_that_need_each_other_are_named(recipes, tmp_path):
     for row in ("one", "alone"):
         with pytest.raises(UserError, match=f"{row} needs itself: name another teacher or member"):
             common.run_row(row, common.load_recipe(row), cfg)
+
+
+NO_TEACHER = {
+    "run.ensemble(['member'], [1])": "teacher/seed0-.* has a result.json but no model.safetensors",
+    "pass": "teacher.py: main ended without a result",
+}
+
+
+@pytest.mark.parametrize(("body", "message"), NO_TEACHER.items(), ids=NO_TEACHER)
+def test_a_row_that_leaves_no_model_cannot_teach(body, message, recipes, tmp_path):
+    write_recipe(recipes, "member", TRAINS)
+    write_recipe(recipes, "teacher", f"def main(cfg: common.TrainConfig, run): {body}")
+    write_recipe(recipes, "own", "def main(cfg: common.TrainConfig, run): run.teacher('teacher')")
+    cfg = common.TrainConfig(protocol="smoke", epochs=1, train_size=96, results_dir=tmp_path / "results")
+    with pytest.raises(UserError, match=message):
+        common.run_row("own", common.load_recipe("own"), cfg)
 
 
 @pytest.mark.parametrize("elsewhere", ["../evil", "{folder}/evil"])
