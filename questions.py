@@ -63,7 +63,8 @@ QUESTIONS = (
 INTRODUCTION = """\
 Differences between rows of the same seed at the last epoch, mean ± standard deviation over the seeds. In bold where a
 t-test over the seeds has p < 0.05, as one in twenty would by chance alone; with one seed nothing is, for it cannot tell
-a difference from noise. *Scaled* is after temperature scaling. Lower ECE is better."""
+a difference from noise. All seeds share the test images, so bold speaks of these: on others a small difference may come
+out differently. *Scaled* is after temperature scaling. Lower ECE is better."""
 
 
 def _by_seed(row: Row, metric: str, scaled: bool) -> dict[int, float]:
