@@ -524,7 +524,7 @@ class Run:
         """Refuse a finished run's file that is missing or damaged, or was trained on other classes or images."""
         result = read_result(file.parent)
         if not file.is_file():
-            raise UserError(f"{source} has a result.json but no {file.name}")
+            raise UserError(f"{source} has a result.json but no {file.name}: name another run, or a row to train")
         if result["classes"] != list(self.data.classes):
             raise UserError(
                 f"{source} knows {len(result['classes'])} classes, not the {self.num_classes} of {self.cfg.dataset}"
@@ -539,8 +539,8 @@ class Run:
             )
         if sha256(file) != result["files"].get(file.name):
             raise UserError(
-                f"{file} is damaged, for it is not what result.json describes: delete it, and {result['row']} "
-                "is trained again"
+                f"{file} is damaged, for it is not what result.json describes: delete it, and {result['row']} is "
+                "trained again where it is named as a row"
             )
 
     def warn_of_edits(self, result: dict[str, Any]) -> None:

@@ -71,11 +71,12 @@ def test_a_finished_run_whose_files_were_damaged_is_noticed(name, use, teacher, 
     data = bytearray((teacher / name).read_bytes())
     data[len(data) // 2] ^= 1
     (teacher / name).write_bytes(data)
-    with pytest.raises(UserError, match=rf"{name} is damaged.*: delete it, and student_baseline is trained again"):
+    again = "delete it, and student_baseline is trained again where it is named as a row"
+    with pytest.raises(UserError, match=rf"{name} is damaged.*: {again}"):
         use(teacher, tmp_path)
     (teacher / name).unlink()
     (teacher / HALF[name]).unlink()
-    with pytest.raises(UserError, match=f"has a result.json but no {name}"):  # a folder is not a row to train
+    with pytest.raises(UserError, match=f"has a result.json but no {name}: name another run, or a row to train"):
         use(teacher, tmp_path)
 
 
