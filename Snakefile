@@ -23,7 +23,7 @@ from run_files import HALF, UserError
 
 OWN = {"seeds", "variants", "jobs_per_gpu"}
 config.update({name: value == "true" for name, value in config.items() if value in ("true", "false")})
-config.setdefault("share_teachers", config.get("protocol") in ("cpu", "smoke"))  # where that takes megabytes
+config.setdefault("share_teachers", config.get("protocol") in ("brief", "cpu", "smoke"))  # where it takes under 1 GB
 
 
 def flag(name, value):

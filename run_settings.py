@@ -27,6 +27,7 @@ PROTOCOLS = {
     "paper": Protocol(500, (150, 180, 210), "cifar100"),
     "short": Protocol(240, (150, 180, 210), "cifar100"),
     "quick": Protocol(30, (19, 23, 27), "cifar100"),
+    "brief": Protocol(8, (5, 7), "cifar100"),
     "cpu": Protocol(5, (4,), "cifar100", train_size=5000),
     "smoke": Protocol(4, (3,), "digits"),
 }
@@ -48,9 +49,9 @@ TeacherName = typing.Annotated[str, tyro.conf.arg(aliases=("--teacher-artifact",
 class Config:
     """Settings that a row hands on to the rows it builds upon."""
 
-    protocol: Literal["paper", "short", "quick", "cpu", "smoke"] = "paper"
-    """how long to train: paper is 500 epochs, short 240, quick 30; cpu is 5 on a tenth of the images, smoke 4 on the
-    bundled digits"""
+    protocol: Literal["paper", "short", "quick", "brief", "cpu", "smoke"] = "paper"
+    """how long to train: paper is 500 epochs, short 240, quick 30, brief 8, which two CPU cores can do; cpu is 5 on a
+    tenth of the images, smoke 4 on the bundled digits"""
     epochs: Count | None = None
     """epochs, if not the protocol's; its milestones then keep their place in proportion"""
     milestones: tuple[Count, ...] | None = None

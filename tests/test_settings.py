@@ -58,6 +58,7 @@ def test_settings_are_the_papers(row):
         (dict(protocol="quick"), 30, (19, 23, 27)),
         (dict(protocol="short", epochs=120), 120, (75, 90, 105)),
         (dict(epochs=1), 1, (1, 1, 1)),  # no milestone before the first epoch
+        (dict(protocol="brief"), 8, (5, 7)),
         (dict(protocol="cpu"), 5, (4,)),
         (dict(protocol="smoke"), 4, (3,)),
         (dict(epochs=10, milestones=(5, 10)), 10, (5, 10)),
@@ -140,7 +141,7 @@ WRONG = [
     ("kd_cutmix", "--temperature 0", "--temperature must be greater than 0"),
     ("kd_cutmix", "--kd-weight -1", "--kd-weight must be 0 or more"),
     ("kd_cutmix", "--ce-weight nan", "--ce-weight must be 0 or more"),
-    ("kd_cutmix", "--protocol long", "'paper', 'short', 'quick', 'cpu', 'smoke'"),
+    ("kd_cutmix", "--protocol long", "'paper', 'short', 'quick', 'brief', 'cpu', 'smoke'"),
     ("kd_cutmix", "--protocol smok", "--protocol"),
     ("kd_cutmix", "--protocl smoke", "--protocl, smoke (did you mean --protocol?)"),
     ("kd_cutmix", "--dataset cifar10", "cifar100"),
