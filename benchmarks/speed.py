@@ -452,6 +452,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = common.hardware(device) + (f" compile {cfg.compile}" if cfg.compile != "auto" else "")
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    cfg.out.mkdir(parents=True, exist_ok=True)
     (cfg.out / f"{slug}.md").write_text(text)
     print(f"\n{text}\nwritten to {cfg.out / slug}.md")
 
