@@ -711,6 +711,7 @@ def hardware(device: torch.device) -> str:
     return f"{model[1] if model else platform.processor() or platform.machine()}, {n} thread{'s' * (n > 1)}"
 
 
+@functools.cache  # the process goes on with the code that it began with, whatever is committed meanwhile
 def versions() -> dict[str, str | None]:
     """What the numbers depend on: interpreter, libraries, and the commit (`+` where files differ from it). Where the
     code is no repository, as in a copy on another machine, GIT_COMMIT may say which commit it is."""

@@ -117,13 +117,28 @@ def test_a_finished_run_is_only_printed(tmp_path, monkeypatch):
 
 
 def test_a_copy_without_its_repository_can_be_told_its_commit(tmp_path, monkeypatch):
-    here = common.versions()["commit"]
+    versions = common.versions.__wrapped__
+    here = versions()["commit"]
     monkeypatch.setenv("GIT_COMMIT", "abc")
-    assert common.versions()["commit"] == (here or "abc")  # git knows best
+    assert versions()["commit"] == (here or "abc")  # git knows best
     monkeypatch.setattr(common, "ROOT", tmp_path)
-    assert common.versions()["commit"] == "abc"
+    assert versions()["commit"] == "abc"
     monkeypatch.delenv("GIT_COMMIT")
-    assert common.versions()["commit"] is None
+    assert versions()["commit"] is None
+
+
+def test_the_commit_is_that_of_the_beginning_whatever_is_committed_while_a_run_trains(tmp_path, monkeypatch):
+    begun = common.versions()
+    evaluate = common.Run.predict
+
+    def commit(*args):
+        monkeypatch.setattr(common, "ROOT", tmp_path)
+        monkeypatch.setenv("GIT_COMMIT", "later")
+        return evaluate(*args)
+
+    monkeypatch.setattr(common.Run, "predict", commit)
+    result, _ = run_row("student_baseline", tmp_path, **THREE_STEPS)
+    assert result["versions"].items() >= begun.items()
 
 
 def test_overwrite_starts_this_row_over_but_not_its_teacher(tmp_path):
