@@ -75,6 +75,9 @@ class Config:
     """where run folders go: <protocol>/<row>/seed<k>, or seed<k>-<hash> for settings that are not the row's own"""
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Weights & Biases: auto obeys WANDB_MODE, else is online where a key is configured and offline elsewhere"""
+    precision: Precision = "auto"
+    """of the models' arithmetic while they train: auto is bf16 on a GPU that has it and fp32 elsewhere; losses and
+    evaluation are fp32 always, with TF32 convolutions on a GPU"""
     deterministic: bool = False
     """have a GPU give the same bits every time, as a CPU does; slower"""
     teacher_from: Literal["results", "train"] = "results"
@@ -108,9 +111,6 @@ class TrainConfig(Config):
     """L2 penalty"""
     compile: Compile = "auto"
     """mode of torch.compile; auto compiles where the run is long enough to win the minutes back"""
-    precision: Precision = "auto"
-    """of the models' arithmetic while they train: auto is bf16 on a GPU that has it and fp32 elsewhere; losses and
-    evaluation are fp32 always, with TF32 convolutions on a GPU"""
 
 
 def resolve(cfg: Config) -> Config:

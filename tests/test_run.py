@@ -19,7 +19,7 @@ from conftest import THREE_STEPS, Killed, die, in_epoch, run_row
 import calibration
 import common
 from consistency import errors_by_chance
-from run_files import UserError, load_probabilities, load_weights, sha256
+from run_files import UserError, load_probabilities, load_weights, read_result, sha256
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
@@ -264,11 +264,14 @@ def test_what_is_evaluated_is_float32_whatever_a_run_trains_in(tmp_path, monkeyp
     assert np.abs(load_probabilities(path / "probabilities.npz")["last"] - expected).max() < 1e-5
 
 
-def test_deterministic_is_asked_of_a_teacher_that_is_trained_on_the_way(tmp_path, monkeypatch):
+def test_arithmetic_is_asked_of_a_teacher_that_is_trained_on_the_way(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
-    run_row("kd_mixup", tmp_path, deterministic=True)
+    result, path = run_row("kd_mixup", tmp_path, deterministic=True, precision="bf16")
     assert asked == [True, True]
+    teacher = read_result(path.parents[1] / "teacher_mixup" / path.name)
+    assert teacher["precision"] == result["precision"] == "bf16"
+    assert teacher["changes"] == result["changes"]  # so its folder's name ends alike, with no flag for the teacher
 
 
 def test_published_predictions_make_an_ensemble(tmp_path, monkeypatch, capsys):
