@@ -21,13 +21,14 @@ class Protocol(typing.NamedTuple):
     """epochs after which the learning rate is divided by 10"""
     dataset: str
     train_size: int | None = None
+    precision: Precision = "auto"
 
 
 PROTOCOLS = {
     "paper": Protocol(500, (150, 180, 210), "cifar100"),
     "short": Protocol(240, (150, 180, 210), "cifar100"),
     "quick": Protocol(30, (19, 23, 27), "cifar100"),
-    "brief": Protocol(8, (5, 7), "cifar100"),
+    "brief": Protocol(8, (5, 7), "cifar100", precision="bf16"),
     "cpu": Protocol(5, (4,), "cifar100", train_size=5000),
     "smoke": Protocol(4, (3,), "digits"),
 }
@@ -50,8 +51,8 @@ class Config:
     """Settings that a row hands on to the rows it builds upon."""
 
     protocol: Literal["paper", "short", "quick", "brief", "cpu", "smoke"] = "paper"
-    """how long to train: paper is 500 epochs, short 240, quick 30, brief 8, which two CPU cores can do; cpu is 5 on a
-    tenth of the images, smoke 4 on the bundled digits"""
+    """how long to train: paper is 500 epochs, short 240, quick 30, brief 8, in bf16, for CPUs with AVX512-BF16; cpu is
+    5 on a tenth of the images, smoke 4 on the bundled digits"""
     epochs: Count | None = None
     """epochs, if not the protocol's; its milestones then keep their place in proportion"""
     milestones: tuple[Count, ...] | None = None
@@ -75,9 +76,9 @@ class Config:
     """where run folders go: <protocol>/<row>/seed<k>, or seed<k>-<hash> for settings that are not the row's own"""
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Weights & Biases: auto obeys WANDB_MODE, else is online where a key is configured and offline elsewhere"""
-    precision: Precision = "auto"
-    """of the models' arithmetic while they train: auto is bf16 on a GPU that has it and fp32 elsewhere; losses and
-    evaluation are fp32 always, with TF32 convolutions on a GPU"""
+    precision: Precision | None = None
+    """of the models' arithmetic while they train: brief's is bf16, any other's auto, which is bf16 on a GPU that has it
+    and fp32 elsewhere; losses and evaluation are fp32 always, with TF32 convolutions on a GPU"""
     deterministic: bool = False
     """have a GPU give the same bits every time, as a CPU does; slower"""
     teacher_from: Literal["results", "train"] = "results"
@@ -143,11 +144,13 @@ def resolve(cfg: Config) -> Config:
     if milestones != in_proportion and list(milestones) != sorted({m for m in milestones if m <= epochs}):
         raise UserError(f"--milestones must rise and end by epoch {epochs}, not {' '.join(map(str, milestones))}")
     dataset = cfg.dataset or protocol.dataset
+    own_images = dataset == protocol.dataset
     decided = {
         "epochs": epochs,
         "milestones": milestones,
         "dataset": dataset,
-        "train_size": cfg.train_size or (protocol.train_size if dataset == protocol.dataset else None),
+        "train_size": cfg.train_size or (protocol.train_size if own_images else None),
+        "precision": cfg.precision or (protocol.precision if own_images else "auto"),
     }
     return dataclasses.replace(cfg, **decided)
 

@@ -94,6 +94,15 @@ def test_the_cpu_protocol_is_a_tenth_of_the_images():
     assert folder(protocol="cpu", train_size=5000) == "results/cpu/kd_cutmix/seed0"
 
 
+def test_the_brief_protocol_is_in_bf16():
+    assert common.resolve(config("kd_cutmix", protocol="brief")).precision == "bf16"
+    assert common.resolve(config("kd_cutmix", protocol="brief", precision="fp32")).precision == "fp32"
+    assert common.resolve(config("kd_cutmix", protocol="brief", dataset="folder")).precision == "auto"  # not of others
+    assert common.resolve(config("kd_cutmix", protocol="quick")).precision == "auto"
+    assert folder(protocol="brief", precision="bf16") == "results/brief/kd_cutmix/seed0"
+    assert folder(protocol="brief", precision="fp32") != "results/brief/kd_cutmix/seed0"
+
+
 def folder(row="kd_cutmix", **settings) -> str:
     return common.Run(row, config(row, **settings)).path.as_posix()
 
