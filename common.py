@@ -663,8 +663,11 @@ class Run:
         metrics = calibration_metrics(arrays["best"], arrays["labels"])
         with atomic_write(self.path / "probabilities.npz") as file:
             np.savez_compressed(file, **arrays)
+        half = {name: array.log().half() if array.is_floating_point() else array for name, array in arrays.items()}
+        if torch.equal(arrays["best"], arrays["last"]):  # as after a short training: half the size to publish
+            del half["last"]
         with atomic_write(self.path / HALF["probabilities.npz"]) as file:
-            np.savez_compressed(file, **{k: v.log().half() if v.is_floating_point() else v for k, v in arrays.items()})
+            np.savez_compressed(file, **half)
         write_reliability(self.path, metrics, self.row, choices["best"]["epoch"])
         result = {
             "row": self.row,

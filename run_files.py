@@ -140,7 +140,8 @@ def load_weights(path: Path) -> "dict[str, Tensor]":
 def load_probabilities(path: Path) -> "dict[str, np.ndarray]":
     """What a run's `probabilities.npz` holds: `labels` (n,), and under the other names predictions (n, classes).
 
-    Of `log_probabilities.fp16.npz`, which holds their logarithms in half precision, the same.
+    Of `log_probabilities.fp16.npz`, which holds their logarithms in half precision, the same; there, what is `last` and
+    `best` at once is stored once.
 
     Raises:
         UserError: the file is damaged, or its numbers are no probabilities of such labels.
@@ -153,6 +154,8 @@ def load_probabilities(path: Path) -> "dict[str, np.ndarray]":
                 raise ValueError("it would unpack to far more than predictions do")
         with np.load(path) as file:
             arrays = dict(file)
+        if path.name.startswith("log_") and "best" in arrays:
+            arrays.setdefault("last", arrays["best"])
         predictions = arrays.keys() - {"labels", "val_labels"}
         if path.name.startswith("log_"):
             for name in predictions:

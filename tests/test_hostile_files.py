@@ -189,8 +189,16 @@ def test_predictions_that_are_none(kind, tmp_path, monkeypatch):
     assert not Path("executed").exists()
 
 
-def test_predictions_that_are_right(finished):
-    assert load_probabilities(finished / "probabilities.npz").keys() == {"best", "last", "labels"}
+def test_predictions_that_are_right(finished, tmp_path):
+    """In half precision too, where those of an epoch that is `best` and `last` at once are stored once."""
+    whole, half = (load_probabilities(finished / name) for name in ("probabilities.npz", HALF["probabilities.npz"]))
+    assert whole.keys() == half.keys() == {"best", "last", "labels"}
+    assert all(np.allclose(half[name], whole[name], rtol=2e-3) for name in whole)
+    assert set(np.load(finished / HALF["probabilities.npz"])) == {"best", "labels"}  # of one epoch
+    file = tmp_path / HALF["probabilities.npz"]
+    logarithms = {"best": np.zeros((6, 1), np.float16), "last": np.log(predictions()["last"]).astype(np.float16)}
+    np.savez_compressed(file, **predictions(**logarithms, labels=np.zeros(6, int)))
+    assert load_probabilities(file)["last"].shape == (6, 3)
 
 
 def mutations(data: bytes, count: int):
