@@ -19,7 +19,7 @@ sys.path.insert(0, workflow.basedir)
 import common
 from command_line import parse as parse_flags  # `parse` is a name of Snakemake's own, as `report` is
 from rows import sort_into_rows
-from run_files import HALF, UserError
+from run_files import UserError, files_for, read_result
 
 OWN = {"seeds", "variants", "jobs_per_gpu"}
 config.update({name: value == "true" for name, value in config.items() if value in ("true", "false")})
@@ -61,15 +61,15 @@ def needed(run):
 
 
 def inputs(run):
-    """The files of other runs that this one reads, for its seed: where only those in half precision are there, as in
+    """The files of other runs that this one reads, for its seed: where only some that serve for them are there, as in
     published results, these."""
     def files(wildcards):
         for row, file in needed(run):
             named = Path(row, "result.json").is_file()
             folder = Path(row if named else configured(row)[1].format(seed=wildcards.seed))
-            names = [name for name in (file, HALF[file]) if (folder / name).is_file()]
             finished = (folder / "result.json").is_file() and run.cfg.teacher_from == "results"
-            yield str(folder / (names[0] if names and finished else file))
+            names = files_for(file, read_result(folder)) if finished else ()
+            yield str(folder / next((name for name in names if (folder / name).is_file()), file))
 
     return files
 

@@ -49,6 +49,7 @@ from run_files import (
     HALF,
     UserError,
     atomic_write,
+    files_for,
     load_probabilities,
     load_weights,
     locked,
@@ -254,7 +255,7 @@ class Run:
             raise UserError(f"--weights takes {len(rows)} numbers, one for each of --members, not all 0")
         members = self._finished(rows, "probabilities.npz")
         with self._turn() as mine:
-            if mine and data_parallel.rank() == 0:
+            if mine:
                 self._average(members, weights)
 
     # How it is done --------------------------------------------------------------------------------------
@@ -362,7 +363,7 @@ class Run:
     def _average(self, members: Sequence[Path], weights: Sequence[float]) -> None:
         mean, names = {}, ("best", "last", "selected", "val") if self.cfg.val_size else ("best", "last")
         for file, weight in zip(members, weights, strict=True):
-            arrays = load_probabilities(file)
+            arrays = load_probabilities(file) if file.suffix == ".npz" else self._predict_again(file)
             for key in names:
                 mean[key] = mean.get(key, 0) + arrays[key].astype(np.float64) * (weight / sum(weights))
         mean = {key: torch.from_numpy(value).float() for key, value in mean.items()}
@@ -370,7 +371,15 @@ class Run:
         if self.cfg.val_size:
             choices["selected"]["val_probabilities"] = mean["val"]
         speed = {"train_seconds": 0.0, "images_per_second": None}
-        self._finish(choices, speed, self._tracker())
+        if data_parallel.rank() == 0:
+            self._finish(choices, speed, self._tracker())
+
+    def _predict_again(self, file: Path) -> dict[str, np.ndarray]:
+        """What a member without its predictions said: that of its weights, which are of all of its choices."""
+        print(f"{file.parent} has no predictions: {self.row} makes them with {file.name}")
+        predictions, _, _ = self._evaluate(self._load_model(file).to(self.device, memory_format=torch.channels_last))
+        own = {name: predictions["probabilities"].numpy() for name in ("best", "last", "selected")}
+        return {**own, "val": predictions["val_probabilities"].numpy()} if self.cfg.val_size else own
 
     def trainer(self, task: TrainingTask) -> Trainer:
         """The task with its optimiser, on the device, compiled where that pays over the whole run."""
@@ -501,7 +510,7 @@ class Run:
         artifact = ARTIFACT.fullmatch(row)
         folder = fetch_artifact(row, self.cfg.results_dir / "artifacts") if artifact else Path(row)
         if artifact or (folder / "result.json").is_file():
-            files = (folder / needed, folder / HALF[needed])
+            files = [folder / name for name in files_for(needed, read_result(folder))]
             return next(filter(Path.is_file, files), files[0])
         main = load_recipe(row)
         handed_on = {field.name: getattr(self.cfg, field.name) for field in dataclasses.fields(Config)}
@@ -554,12 +563,14 @@ class Run:
             )
 
     def find(self, needed: str) -> Path | None:
-        """This run's file that others need: its own, else the half-precision one that stands in for it, here or among
-        the published results. None if the run has to be trained for it."""
-        files = [self.path / needed, self.path / HALF[needed]] if self.load_result() else []
+        """This run's file that others need: its own, else one that serves for it, here or among the published results.
+        None if the run has to be trained for it."""
+        own = self.load_result()
+        files = [self.path / name for name in files_for(needed, own)] if own else []
         published = RESULTS / self.path.relative_to(self.cfg.results_dir)
         with suppress(UserError):  # published with settings or images that are not this run's
-            files += [published / HALF[needed]] if self.load_result(published) else []
+            if theirs := self.load_result(published):
+                files += [published / name for name in files_for(needed, theirs)]
         if self.cfg.teacher_from == "train":
             files = [file for file in files if file.name == needed]
         return next(filter(Path.is_file, files), None)

@@ -228,6 +228,20 @@ def read_result(path: Path) -> dict[str, Any]:
     return result
 
 
+def files_for(needed: str, result: dict[str, Any]) -> list[str]:
+    """The names of a finished run's files that serve where others need `needed`, the most exact first.
+
+    Where all choices are of one epoch, as `best` and `last` after a short training are, that epoch's weights serve for
+    its predictions too.
+    """
+    names = [needed, HALF[needed]]
+    choices = [result[name] for name in ("best", "last", "selected") if isinstance(result.get(name), dict)]
+    same = all(choice.get("epoch") == choices[0].get("epoch") for choice in choices)
+    if needed == "probabilities.npz" and result["model"] and same:
+        names += ["model.safetensors", HALF["model.safetensors"]]
+    return names
+
+
 def csv_text(lines: Sequence[dict[str, Any]]) -> str:
     """A table with a header, from its lines; not empty."""
     text = StringIO()

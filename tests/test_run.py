@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from conftest import THREE_STEPS, Killed, die, in_epoch, run_row
 import calibration
 import common
 from consistency import errors_by_chance
-from run_files import UserError, load_probabilities, load_weights, read_result, sha256
+from run_files import HALF, UserError, files_for, load_probabilities, load_weights, read_result, sha256
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
@@ -51,7 +52,7 @@ def test_every_file_is_there_and_consistent(tmp_path):
     result, path = run_row("student_baseline", tmp_path, epochs=2, lr=0.05)
     assert {p.name for p in path.iterdir()} == {
         "result.json", "history.csv", "reliability.png", "reliability.csv", "model.safetensors", "best.safetensors",
-        "probabilities.npz", *common.HALF.values(),
+        "probabilities.npz", *HALF.values(),
     }  # fmt: skip
     assert json.loads((path / "result.json").read_text()) == result
     assert (result["row"], result["protocol"], result["seed"], result["dataset"]) == (
@@ -173,12 +174,12 @@ def test_a_missing_teacher_is_trained_first_and_only_once(tmp_path, monkeypatch,
     assert "kd_mixup needs teacher_mixup" in capsys.readouterr().out
 
 
-def half_teacher(folder: Path, to: Path) -> Path:
+def half_teacher(folder: Path, to: Path, files: Iterable[str] = HALF.values(), **settings) -> Path:
     """What would be published of a finished teacher."""
-    _, teacher = run_row("teacher_cutmix", folder)
+    _, teacher = run_row("teacher_cutmix", folder, **settings)
     to = to / teacher.relative_to(folder)
     to.mkdir(parents=True)
-    for name in ("result.json", *common.HALF.values()):
+    for name in ("result.json", *files):
         shutil.copy(teacher / name, to / name)
     return teacher
 
@@ -274,14 +275,29 @@ def test_arithmetic_is_asked_of_a_teacher_that_is_trained_on_the_way(tmp_path, m
     assert teacher["changes"] == result["changes"]  # so its folder's name ends alike, with no flag for the teacher
 
 
-def test_published_predictions_make_an_ensemble(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("val_size", (None, 40))
+@pytest.mark.parametrize("needed", HALF)
+def test_published_predictions_make_an_ensemble(needed, val_size, tmp_path, monkeypatch, capsys):
+    """So do published weights that are of the epoch that is `best` and `last` at once."""
     monkeypatch.setattr(common, "RESULTS", tmp_path / "published")
-    half_teacher(tmp_path / "a", tmp_path / "published")
-    settings = dict(members=("teacher_cutmix",), weights=(1.0,))
+    half_teacher(tmp_path / "a", tmp_path / "published", [HALF[needed]], val_size=val_size)
+    settings = dict(members=("teacher_cutmix",), weights=(1.0,), val_size=val_size)
     results = [run_row("teacher_ensemble", tmp_path / folder, **settings)[0] for folder in ("a", "b")]
-    assert "needs" not in capsys.readouterr().out
-    for metric in ("nll", "ece", "brier"):
-        assert results[0]["last"][metric] == pytest.approx(results[1]["last"][metric], rel=1e-3)
+    assert "needs" not in (told := capsys.readouterr().out)
+    assert ("teacher_ensemble makes them with model.fp16.safetensors" in told) == (needed == "model.safetensors")
+    for choice in ("best", "last", "selected")[: 3 if val_size else 2]:
+        for metric in ("nll", "ece", "brier"):
+            assert results[0][choice][metric] == pytest.approx(results[1][choice][metric], rel=2e-3)
+
+
+def test_weights_serve_for_no_predictions_of_other_epochs():
+    names = ["probabilities.npz", HALF["probabilities.npz"]]
+    weights = ["model.safetensors", HALF["model.safetensors"]]
+    result = {"model": "wrn_40_2", "best": {"epoch": 2}, "last": {"epoch": 2}}
+    assert files_for("probabilities.npz", result) == names + weights
+    assert files_for("model.safetensors", result) == weights
+    other = {"last": {"epoch": 3}}, {"selected": {"epoch": 1}}, {"model": None}
+    assert all(files_for("probabilities.npz", {**result, **change}) == names for change in other)
 
 
 def test_a_teacher_by_its_folder(tmp_path):
