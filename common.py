@@ -446,9 +446,12 @@ class Run:
     def _evaluate(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, float], dict[str, float]]:
         """Predictions, the scores of those for the test images and, with --val-size, for the held-out ones."""
         data, predictions, val = self.data, {"probabilities": self.predict(model, self.data.test_images)}, {}
-        test = calibration_metrics(predictions["probabilities"], data.test_labels).scores
         if self.cfg.val_size:
             predictions["val_probabilities"] = self.predict(model, data.val_images)
+        if not all(probabilities.isfinite().all() for probabilities in predictions.values()):
+            raise UserError("the model's outputs are no longer finite: try a smaller --lr")
+        test = calibration_metrics(predictions["probabilities"], data.test_labels).scores
+        if self.cfg.val_size:
             val = calibration_metrics(predictions["val_probabilities"], data.val_labels).scores
         return predictions, test, val
 
