@@ -56,6 +56,7 @@ from run_files import (
     read_bins,
     read_published,
     read_result,
+    save_log_probabilities,
     save_weights,
     sha256,
     variant,
@@ -363,7 +364,7 @@ class Run:
     def _average(self, members: Sequence[Path], weights: Sequence[float]) -> None:
         mean, names = {}, ("best", "last", "selected", "val") if self.cfg.val_size else ("best", "last")
         for file, weight in zip(members, weights, strict=True):
-            arrays = load_probabilities(file) if file.suffix == ".npz" else self._predict_again(file)
+            arrays = self._predictions(file, names)
             for key in names:
                 mean[key] = mean.get(key, 0) + arrays[key].astype(np.float64) * (weight / sum(weights))
         mean = {key: torch.from_numpy(value).float() for key, value in mean.items()}
@@ -374,12 +375,20 @@ class Run:
         if data_parallel.rank() == 0:
             self._finish(choices, speed, self._tracker())
 
-    def _predict_again(self, file: Path) -> dict[str, np.ndarray]:
-        """What a member without its predictions said: that of its weights, which are of all of its choices."""
-        print(f"{file.parent} has no predictions: {self.row} makes them with {file.name}")
-        predictions, _, _ = self._evaluate(self._load_model(file).to(self.device, memory_format=torch.channels_last))
-        own = {name: predictions["probabilities"].numpy() for name in ("best", "last", "selected")}
-        return {**own, "val": predictions["val_probabilities"].numpy()} if self.cfg.val_size else own
+    def _predictions(self, file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """A finished run's predictions of these names: what was not published its weights predict again."""
+        arrays = load_probabilities(file) if file.suffix == ".npz" else {}
+        if not arrays.keys() >= set(names):
+            weights = file.with_name(HALF["model.safetensors"]) if arrays else file
+            self._check_source(str(file.parent), weights)
+            print(f"{self.row} needs what {weights} predicts: evaluating it")
+            model = self._load_model(weights).to(self.device, memory_format=torch.channels_last)
+            predictions, _, _ = self._evaluate(model)
+            made = dict.fromkeys(("best", "last", "selected"), predictions["probabilities"].numpy())
+            if self.cfg.val_size:
+                made["val"] = predictions["val_probabilities"].numpy()
+            arrays = {**made, **arrays}
+        return arrays
 
     def trainer(self, task: TrainingTask) -> Trainer:
         """The task with its optimiser, on the device, compiled where that pays over the whole run."""
@@ -666,7 +675,7 @@ class Run:
         arrays["labels"] = self.data.test_labels
         if "selected" in choices:
             arrays["val"], arrays["val_labels"] = choices["selected"]["val_probabilities"], self.data.val_labels
-        arrays = {name: tensor.cpu() for name, tensor in arrays.items()}  # a resumed run has them on the device
+        arrays = {name: tensor.cpu().numpy() for name, tensor in arrays.items()}  # a resumed run has them on the device
         scores = scores_of_run(arrays)
         if unfitted := [name for name in scores if 1.0 in scores[name]["temperatures"]]:
             print(
@@ -677,11 +686,7 @@ class Run:
         metrics = calibration_metrics(arrays["best"], arrays["labels"])
         with atomic_write(self.path / "probabilities.npz") as file:
             np.savez_compressed(file, **arrays)
-        half = {name: array.log().half() if array.is_floating_point() else array for name, array in arrays.items()}
-        if torch.equal(arrays["best"], arrays["last"]):  # as after a short training: half the size to publish
-            del half["last"]
-        with atomic_write(self.path / HALF["probabilities.npz"]) as file:
-            np.savez_compressed(file, **half)
+        save_log_probabilities(self.path, arrays)
         write_reliability(self.path, metrics, self.row, choices["best"]["epoch"])
         result = {
             "row": self.row,

@@ -16,6 +16,7 @@ import numpy as np
 
 from consistency import errors_by_chance
 from run_files import (
+    HALF,
     NOT_IDENTITY,
     UserError,
     atomic_write,
@@ -24,6 +25,8 @@ from run_files import (
     read_csv,
     read_published,
     read_result,
+    save_log_probabilities,
+    sha256,
     variant,
 )
 
@@ -113,8 +116,8 @@ def run_folders(results_dir: Path, protocol: str) -> list[Path]:
 
 
 def recompute(path: Path) -> None:
-    """Compute a finished run's metrics anew from its probabilities and write them, and its reliability diagram, where
-    `common.Run` does.
+    """Compute a finished run's metrics anew from its probabilities and write them, its reliability diagram and what of
+    its predictions can be published, where `common.Run` does.
 
     Raises:
         UserError: the probabilities or the result are missing or damaged.
@@ -130,6 +133,9 @@ def recompute(path: Path) -> None:
     for choice, values in scores.items():
         result[choice] = {"epoch": result.get(choice, {}).get("epoch"), **values}
     write_reliability(path, metrics, result["row"], result["best"]["epoch"])
+    if (half := HALF["probabilities.npz"]) in result["files"]:
+        save_log_probabilities(path, arrays)
+        result["files"][half] = sha256(path / half)
     with atomic_write(path / "result.json") as file:
         file.write(json.dumps(result, indent=2).encode())
 

@@ -140,8 +140,7 @@ def load_weights(path: Path) -> "dict[str, Tensor]":
 def load_probabilities(path: Path) -> "dict[str, np.ndarray]":
     """What a run's `probabilities.npz` holds: `labels` (n,), and under the other names predictions (n, classes).
 
-    Of `log_probabilities.fp16.npz`, which holds their logarithms in half precision, the same; there, what is `last` and
-    `best` at once is stored once.
+    Of `log_probabilities.fp16.npz`, which holds their logarithms in half precision, the same, with or without `last`.
 
     Raises:
         UserError: the file is damaged, or its numbers are no probabilities of such labels.
@@ -154,8 +153,6 @@ def load_probabilities(path: Path) -> "dict[str, np.ndarray]":
                 raise ValueError("it would unpack to far more than predictions do")
         with np.load(path) as file:
             arrays = dict(file)
-        if path.name.startswith("log_") and "best" in arrays:
-            arrays.setdefault("last", arrays["best"])
         predictions = arrays.keys() - {"labels", "val_labels"}
         if path.name.startswith("log_"):
             for name in predictions:
@@ -168,10 +165,25 @@ def load_probabilities(path: Path) -> "dict[str, np.ndarray]":
                 raise ValueError(f"its {name} and labels do not fit together")
             if not ((p >= 0).all() and np.allclose(p.sum(1, dtype=np.float64), 1, rtol=0, atol=1e-3)):
                 raise ValueError(f"its {name} are no probabilities")
-        needed = {"best", "last", "labels"} | ({"val"} if "selected" in arrays else set())
+        needed = {"best", "labels"} | ({"val"} if "selected" in arrays else set())
+        if not path.name.startswith("log_"):
+            needed.add("last")
         if not needed <= arrays.keys() or len(arrays["labels"]) < 2:  # two, for temperatures are cross-fitted
             raise ValueError("it lacks predictions")
     return arrays
+
+
+def save_log_probabilities(folder: Path, arrays: "dict[str, np.ndarray]") -> None:
+    """Write `log_probabilities.fp16.npz`, a run's predictions small enough to publish: without those of the last epoch
+    where its weights are there in half precision too, and make them again."""
+    import numpy as np
+
+    with np.errstate(divide="ignore"):
+        half = {k: np.log(v).astype(np.float16) if v.dtype.kind == "f" else v for k, v in arrays.items()}
+    if (folder / HALF["model.safetensors"]).is_file():
+        del half["last"]
+    with atomic_write(folder / HALF["probabilities.npz"]) as file:
+        np.savez_compressed(file, **half)
 
 
 def variant(changes: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from conftest import THREE_STEPS, Killed, die, in_epoch, run_row
 
 import calibration
 import common
+import rows
 from consistency import errors_by_chance
 from run_files import HALF, UserError, files_for, load_probabilities, load_weights, read_result, sha256
 
@@ -278,16 +279,31 @@ def test_arithmetic_is_asked_of_a_teacher_that_is_trained_on_the_way(tmp_path, m
 @pytest.mark.parametrize("val_size", (None, 40))
 @pytest.mark.parametrize("needed", HALF)
 def test_published_predictions_make_an_ensemble(needed, val_size, tmp_path, monkeypatch, capsys):
-    """So do published weights that are of the epoch that is `best` and `last` at once."""
+    """So do published weights that are of the epoch that is `best` and `last` at once; of `last` they always do."""
     monkeypatch.setattr(common, "RESULTS", tmp_path / "published")
-    half_teacher(tmp_path / "a", tmp_path / "published", [HALF[needed]], val_size=val_size)
+    files = HALF.values() if needed == "probabilities.npz" else [HALF[needed]]
+    half_teacher(tmp_path / "a", tmp_path / "published", files, val_size=val_size)
     settings = dict(members=("teacher_cutmix",), weights=(1.0,), val_size=val_size)
     results = [run_row("teacher_ensemble", tmp_path / folder, **settings)[0] for folder in ("a", "b")]
-    assert "needs" not in (told := capsys.readouterr().out)
-    assert ("teacher_ensemble makes them with model.fp16.safetensors" in told) == (needed == "model.safetensors")
+    assert "needs teacher_cutmix" not in (told := capsys.readouterr().out)
+    assert re.search(r"teacher_ensemble needs what \S+/published/\S+/model.fp16.safetensors predicts", told)
     for choice in ("best", "last", "selected")[: 3 if val_size else 2]:
         for metric in ("nll", "ece", "brier"):
             assert results[0][choice][metric] == pytest.approx(results[1][choice][metric], rel=2e-3)
+
+
+def test_recomputed_predictions_are_as_today_and_make_an_ensemble(tmp_path):
+    """They had those of `last` as well, and a size that is not published."""
+    _, path = run_row("student_baseline", tmp_path)
+    file = path / HALF["probabilities.npz"]
+    before = [(path / name).read_bytes() for name in (file.name, "result.json", "probabilities.npz")]
+    arrays = dict(np.load(file))
+    np.savez_compressed(file, last=arrays["best"], **arrays)
+    result = json.loads(before[1])
+    result["files"][file.name] = sha256(file)
+    (path / "result.json").write_text(json.dumps(result))
+    rows.recompute(path)
+    assert [(path / name).read_bytes() for name in (file.name, "result.json", "probabilities.npz")] == before
 
 
 def test_weights_serve_for_no_predictions_of_other_epochs():
