@@ -383,10 +383,9 @@ class Run:
             self._check_source(str(file.parent), weights)
             print(f"{self.row} needs what {weights} predicts: evaluating it")
             model = self._load_model(weights).to(self.device, memory_format=torch.channels_last)
-            predictions, _, _ = self._evaluate(model)
-            made = dict.fromkeys(("best", "last", "selected"), predictions["probabilities"].numpy())
-            if self.cfg.val_size:
-                made["val"] = predictions["val_probabilities"].numpy()
+            made = dict.fromkeys(("best", "last", "selected"), self.predict(model, self.data.test_images).numpy())
+            if self.cfg.val_size and "val" not in arrays:
+                made["val"] = self.predict(model, self.data.val_images).numpy()
             arrays = {**made, **arrays}
         return arrays
 
@@ -418,7 +417,7 @@ class Run:
                     break
                 hours = (time.perf_counter() - started) / step * len(batches) * self.cfg.epochs / 3600
                 if epoch == 1 and step == 5 and hours > 1:
-                    bar.write(f"{self.row} will take about {hours:,.0f} h on this CPU; --protocol smoke takes minutes")
+                    bar.write(f"{self.row} will take about {hours:,.1f} h on this CPU; --protocol smoke takes minutes")
         data_parallel.average_batch_norm(trainer.model)
         finite = losses.isfinite().cpu()
         if not finite.all() or not trainer.is_finite():

@@ -21,7 +21,16 @@ import calibration
 import common
 import rows
 from consistency import errors_by_chance
-from run_files import HALF, UserError, files_for, load_probabilities, load_weights, read_result, sha256
+from run_files import (
+    HALF,
+    UserError,
+    files_for,
+    load_probabilities,
+    load_weights,
+    read_result,
+    save_log_probabilities,
+    sha256,
+)
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
@@ -292,8 +301,22 @@ def test_published_predictions_make_an_ensemble(needed, val_size, tmp_path, monk
             assert results[0][choice][metric] == pytest.approx(results[1][choice][metric], rel=2e-3)
 
 
-def test_recomputed_predictions_are_as_today_and_make_an_ensemble(tmp_path):
-    """They had those of `last` as well, and a size that is not published."""
+def test_of_published_predictions_only_those_of_the_last_epoch_are_made_again(tmp_path):
+    _, member = run_row("student_baseline", tmp_path)
+    arrays = dict(np.load(member / "probabilities.npz"))
+    save_log_probabilities(member, {**arrays, "best": arrays["best"][::-1]})  # as of another epoch
+    (member / "probabilities.npz").unlink()
+    result = json.loads((member / "result.json").read_text())
+    result["files"][HALF["probabilities.npz"]] = sha256(member / HALF["probabilities.npz"])
+    (member / "result.json").write_text(json.dumps(result))
+    _, path = run_row("student_ensemble", tmp_path, members=(str(member),), weights=(1.0,))
+    mean = load_probabilities(path / "probabilities.npz")
+    np.testing.assert_allclose(mean["best"], arrays["best"][::-1], rtol=2e-3)
+    np.testing.assert_allclose(mean["last"], arrays["last"], rtol=0.05)  # by weights in half precision
+
+
+def test_recomputed_predictions_are_as_a_run_writes_them_today(tmp_path):
+    """Earlier ones had those of `last` as well, and a size that is not published."""
     _, path = run_row("student_baseline", tmp_path)
     file = path / HALF["probabilities.npz"]
     before = [(path / name).read_bytes() for name in (file.name, "result.json", "probabilities.npz")]
