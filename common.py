@@ -381,7 +381,7 @@ class Run:
         if not arrays.keys() >= set(names):
             weights = file.with_name(HALF["model.safetensors"]) if arrays else file
             self._check_source(str(file.parent), weights)
-            print(f"{self.row} needs what {weights} predicts: evaluating it")
+            print(f"{file.parent} lacks predictions: making them again with {weights.name}")
             model = self._load_model(weights).to(self.device, memory_format=torch.channels_last)
             made = dict.fromkeys(("best", "last", "selected"), self.predict(model, self.data.test_images).numpy())
             if self.cfg.val_size and "val" not in arrays:

@@ -295,7 +295,7 @@ def test_published_predictions_make_an_ensemble(needed, val_size, tmp_path, monk
     settings = dict(members=("teacher_cutmix",), weights=(1.0,), val_size=val_size)
     results = [run_row("teacher_ensemble", tmp_path / folder, **settings)[0] for folder in ("a", "b")]
     assert "needs teacher_cutmix" not in (told := capsys.readouterr().out)
-    assert re.search(r"teacher_ensemble needs what \S+/published/\S+/model.fp16.safetensors predicts", told)
+    assert re.search(r"/published/\S+ lacks predictions: making them again with model.fp16.safetensors", told)
     for choice in ("best", "last", "selected")[: 3 if val_size else 2]:
         for metric in ("nll", "ece", "brier"):
             assert results[0][choice][metric] == pytest.approx(results[1][choice][metric], rel=2e-3)
