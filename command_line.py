@@ -48,7 +48,7 @@ def parse(config: type[Settings], description: str | None = None, args: Sequence
         lines = captured.getvalue().splitlines()[1:]  # in a box, below its title
         text = " ".join(line.strip("│ ") for line in lines)
         text = re.split("Got errors:|Argument helptext:|For full helptext", text)[0]
-        text = re.sub(r"[─-]{9,} Perhaps you meant: (\S+).*", r"(did you mean \1?)", text)
+        text = re.sub(r"[─-]{9,} Perhaps you meant: (?:\S+, )*(\S+).*", r"(did you mean \1?)", text)
         raise UserError(text.strip("─- ")) from None
 
 

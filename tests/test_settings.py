@@ -153,6 +153,7 @@ WRONG = [
     ("kd_cutmix", "--protocol long", "'paper', 'short', 'quick', 'brief', 'cpu', 'smoke'"),
     ("kd_cutmix", "--protocol smok", "--protocol"),
     ("kd_cutmix", "--protocl smoke", "--protocl, smoke (did you mean --protocol?)"),
+    ("kd_cutmix", "--teachers teacher_mixup", "--teachers, teacher_mixup (did you mean --teacher?)"),
     ("kd_cutmix", "--dataset cifar10", "cifar100"),
     ("kd_cutmix", "--device tpu", "cuda"),
     ("kd_cutmix", "--wandb-mode maybe", "offline"),
