@@ -759,26 +759,29 @@ def cli(main: Callable[[Config, Run], None]) -> None:
     data_parallel.leave()
 
 
+def _published_of(result: dict[str, Any]) -> list[str]:
+    """What the published numbers are of, where that is not what was run."""
+    training = "CIFAR-100" if result["dataset"] != "cifar100" else "500 epochs" if result["protocol"] != "paper" else ""
+    borrowed = result["changes"] and result["published"] == published(result["row"], {})
+    return [*filter(None, [training, "row's own" if borrowed else ""])]
+
+
 def summary(result: dict[str, Any], path: Path) -> str:
     """The row as people read it: accuracy in percent, published and ours, the errors that a perfectly calibrated model
     would have by chance, and where the files are."""
     lines = [f"{result['row']}, protocol {result['protocol']}, seed {result['seed']}, {result['dataset']}"]
-    lines.append(f"{'':22}{'accuracy':>10}{'ECE':>9}{'OE':>9}")
+    lines.append(f"{'':34}{'accuracy':>10}{'ECE':>9}{'OE':>9}")
     for name in ("published", "best", "last", "selected"):
         numbers = result.get(name)
         if numbers and (name, result["dataset"]) != ("published", "folder"):
             epoch = numbers.get("best_epoch") or numbers.get("epoch")
             label = name + (f" (epoch {epoch:.0f})" if epoch else "")
-            if name == "published" and result["dataset"] != "cifar100":
-                label = "published, CIFAR-100"
-            elif name == "published" and result["protocol"] != "paper":
-                label = "published, 500 epochs"
-            elif name == "published" and result["changes"] and numbers == published(result["row"], {}):
-                label = "published, row's own"  # nothing was published for this variant
-            lines.append(f"{label:22}{numbers['accuracy']:>9.2%} {numbers['ece']:>9.4f}{numbers['oe']:>9.4f}")
+            if name == "published" and (unlike := _published_of(result)):
+                label = ", ".join([name, *unlike])
+            lines.append(f"{label:34}{numbers['accuracy']:>9.2%} {numbers['ece']:>9.4f}{numbers['oe']:>9.4f}")
     if (file := path / "reliability.csv").is_file():
         bins = read_bins(file)
         by_chance = errors_by_chance(*([b[name] for b in bins] for name in ("count", "confidence")))
         for label, (ece, oe) in zip(("calibrated, by chance", "  ± between test sets"), by_chance.T, strict=True):
-            lines.append(f"{label:32}{ece:>9.4f}{oe:>9.4f}")
+            lines.append(f"{label:44}{ece:>9.4f}{oe:>9.4f}")
     return "\n".join([*lines, f"result   {path / 'result.json'}", f"diagram  {path / 'reliability.png'}"])

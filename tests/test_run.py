@@ -117,12 +117,13 @@ def test_a_finished_run_is_only_printed(tmp_path, monkeypatch):
     assert str(path / "result.json") in text and str(path / "reliability.png") in text
     count, _, confidence = np.loadtxt(path / "reliability.csv", delimiter=",", skiprows=1).T
     ece, oe = errors_by_chance(count, confidence)[:, 0]
-    assert f"calibrated, by chance {'':10}{ece:>9.4f}{oe:>9.4f}" in text
+    assert f"calibrated, by chance {'':22}{ece:>9.4f}{oe:>9.4f}" in text
     real = first | {"dataset": "cifar100", "protocol": "paper"}
     for about, label in (
-        ({"protocol": "cpu"}, "published, 500 epochs "),
+        ({"changes": {}, "protocol": "cpu"}, "published, 500 epochs  "),
         ({"changes": {}}, "published   "),
         ({"changes": {"lr": 0.1}}, "published, row's own "),
+        ({"changes": {"lr": 0.1}, "protocol": "cpu"}, "published, 500 epochs, row's own  "),
     ):
         assert label in common.summary(real | about, path)
 
