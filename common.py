@@ -759,11 +759,11 @@ def cli(main: Callable[[Config, Run], None]) -> None:
     data_parallel.leave()
 
 
-def _published_of(result: dict[str, Any]) -> list[str]:
-    """What the published numbers are of, where that is not what was run."""
+def _published_label(result: dict[str, Any]) -> str:
+    """`published`, and what the numbers are of where that is not what was run."""
+    borrowed = result["changes"] and result["published"] == published(result["row"], {})  # a variant without its own
     training = "CIFAR-100" if result["dataset"] != "cifar100" else "500 epochs" if result["protocol"] != "paper" else ""
-    borrowed = result["changes"] and result["published"] == published(result["row"], {})
-    return [*filter(None, [training, "row's own" if borrowed else ""])]
+    return ", ".join(filter(None, ["published for the row" if borrowed else "published", training]))
 
 
 def summary(result: dict[str, Any], path: Path) -> str:
@@ -774,10 +774,9 @@ def summary(result: dict[str, Any], path: Path) -> str:
     for name in ("published", "best", "last", "selected"):
         numbers = result.get(name)
         if numbers and (name, result["dataset"]) != ("published", "folder"):
-            epoch = numbers.get("best_epoch") or numbers.get("epoch")
-            label = name + (f" (epoch {epoch:.0f})" if epoch else "")
-            if name == "published" and (unlike := _published_of(result)):
-                label = ", ".join([name, *unlike])
+            label = _published_label(result) if name == "published" else name
+            epoch = numbers.get("best_epoch" if label == "published" else "epoch")
+            label += f" (epoch {epoch:.0f})" if epoch else ""
             lines.append(f"{label:34}{numbers['accuracy']:>9.2%} {numbers['ece']:>9.4f}{numbers['oe']:>9.4f}")
     if (file := path / "reliability.csv").is_file():
         bins = read_bins(file)

@@ -113,7 +113,8 @@ def test_a_finished_run_is_only_printed(tmp_path, monkeypatch):
     assert run_row("kd_cutmix", tmp_path)[0] == first
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
     text = common.summary(first, path)
-    assert "published, CIFAR-100" in text and "74.62%" in text and f"{first['best']['accuracy']:.2%}" in text
+    assert "published for the row, CIFAR-100" in text and "74.62%" in text
+    assert f"{first['best']['accuracy']:.2%}" in text
     assert str(path / "result.json") in text and str(path / "reliability.png") in text
     count, _, confidence = np.loadtxt(path / "reliability.csv", delimiter=",", skiprows=1).T
     ece, oe = errors_by_chance(count, confidence)[:, 0]
@@ -122,8 +123,8 @@ def test_a_finished_run_is_only_printed(tmp_path, monkeypatch):
     for about, label in (
         ({"changes": {}, "protocol": "cpu"}, "published, 500 epochs  "),
         ({"changes": {}}, "published   "),
-        ({"changes": {"lr": 0.1}}, "published, row's own "),
-        ({"changes": {"lr": 0.1}, "protocol": "cpu"}, "published, 500 epochs, row's own  "),
+        ({"changes": {"lr": 0.1}}, "published for the row  "),
+        ({"changes": {"lr": 0.1}, "protocol": "cpu"}, "published for the row, 500 epochs  "),
     ):
         assert label in common.summary(real | about, path)
 
