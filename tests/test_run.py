@@ -592,3 +592,14 @@ def test_config_fields_round_trip_through_json(tmp_path):
     stored = json.loads(json.dumps(common.settings(cfg)))
     names = {field.name for field in dataclasses.fields(cfg)}
     assert set(stored) == names and stored["teachers"] == list(cfg.teachers) and stored["seed"] == 4
+
+
+def test_what_is_published_can_teach_and_be_a_member():
+    """No published run is trained anew, for hours, where an ensemble asks for it."""
+    folders = [file.parent for file in common.RESULTS.glob("*/*/*/model.fp16.safetensors")]
+    assert folders
+    for folder in folders:
+        names = files_for("probabilities.npz", result := read_result(folder))
+        file = next(filter(Path.is_file, (folder / name for name in names)), None)
+        assert file, f"{folder} lacks one of {', '.join(names)}"
+        assert sha256(file) == result["files"][file.name], file
