@@ -428,28 +428,29 @@ class Run:
             raise UserError(
                 f"{what} at step {step + 1} of epoch {epoch}, at learning rate {lr:g}: try a smaller --lr{good}"
             )
-        if outputs:
-            try:
-                outputs.save()
-            except OSError as error:  # it would have saved time, no more
-                print(f"warning: teachers' outputs are not shared: {error}", file=sys.stderr)
+        try:
+            for of_teacher in outputs:
+                of_teacher.save()
+        except OSError as error:  # it would have saved time, no more
+            print(f"warning: teachers' outputs are not shared: {error}", file=sys.stderr)
         sizes = torch.tensor([len(index) for index in batches])
         means = {name: value.item() / sizes.sum().item() for name, value in parts.items()}
         return {"train_loss": float(losses.cpu() @ sizes.float() / sizes.sum()), **means}
 
-    def _share_outputs(self, trainer: Trainer, augment: Callable, epoch: int, images: int) -> EpochOutputs | None:
+    def _share_outputs(self, trainer: Trainer, augment: Callable, epoch: int, images: int) -> list[EpochOutputs]:
         """With --share-teachers, have the teachers of a student of standard views say what they said to others."""
         cfg, data = self.cfg, self.data
         if not cfg.share_teachers or not self.teachers or type(augment) is not Standard or data_parallel.size() > 1:
-            return None
+            return []
         same = ("train_size", "val_size", "image_size", "seed", "batch_size")
         views = [data.fingerprint, {name: getattr(cfg, name) for name in same}, vars(augment)]
         how = [self.device.type, trainer.precision, trainer.compile, cfg.deterministic]
         names = [json.dumps([digest, *views, *how]) for digest in self.teachers]
         shared = cfg.results_dir / "teacher_outputs"
         folders = [shared / hashlib.sha256(name.encode()).hexdigest()[:16] for name in names]
-        trainer.task.teacher.outputs = EpochOutputs([f / f"epoch{epoch:03}.npz" for f in folders], images, self.device)
-        return trainer.task.teacher.outputs
+        outputs = [EpochOutputs(folder / f"epoch{epoch:03}.npz", images, self.device) for folder in folders]
+        trainer.task.teacher.outputs = outputs
+        return outputs
 
     def _evaluate(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, float], dict[str, float]]:
         """Predictions, the scores of those for the test images and, with --val-size, for the held-out ones."""

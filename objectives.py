@@ -17,17 +17,29 @@ from teacher_outputs import EpochOutputs
 
 
 class Teacher(DistillationTeacher):
-    """One frozen teacher, or several whose logits are stacked: (B, 3, H, W) -> (B, K) or (teachers, B, K)."""
+    """One frozen teacher, or several whose logits are stacked: (B, 3, H, W) -> (B, K) or (teachers, B, K).
+
+    Several are asked one after the other, since stacked weights are no faster: `torch.vmap` over four WRN-40-2 took 1.8
+    times as long on a CPU.
+    """
 
     def __init__(self, *models: nn.Module):
-        folded = [fold_batch_norm(model.eval().requires_grad_(False)) for model in models]
-        super().__init__(folded[0] if len(folded) == 1 else StackedModels(folded))
-        self.outputs: EpochOutputs | None = None  # where this epoch's logits are shared with other students
+        super().__init__(nn.ModuleList(fold_batch_norm(model.eval().requires_grad_(False)) for model in models))
+        self.outputs: list[EpochOutputs] = []  # of each model, where this epoch's logits are shared with other students
 
     def forward(self, input: Tensor, return_features: bool = False) -> Tensor:
         if return_features:
             raise NotImplementedError("a Teacher says logits only: timm's DistillationTeacher has features too")
-        return self.outputs.step(self.model, input) if self.outputs else self.model(input)
+        if self.outputs:
+            logits = [of.step(model, input) for of, model in zip(self.outputs, self.model, strict=True)]
+        else:
+            logits = [model(input) for model in self.model]
+        return torch.stack(logits) if len(logits) > 1 else logits[0]
+
+    def compile(self, compile_model: bool = True, compile_features: bool = False, **how) -> "Teacher":
+        """Each model on its own, so that those alike are compiled once, and one may be asked without the others."""
+        self.model = nn.ModuleList(torch.compile(model, **how) for model in self.model)
+        return self
 
     def normalize_input(self, input: Tensor, student_mean=None, student_std=None) -> Tensor:
         """All models here share one normalisation; timm's comparison would stall a GPU at every step."""
@@ -41,14 +53,6 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
         return fuse(model)
     except TraceError:
         return model
-
-
-class StackedModels(nn.ModuleList):
-    """Models asked one after the other, since stacked weights are no faster: `torch.vmap` over four WRN-40-2 took 1.8
-    times as long on a CPU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([model(x) for model in self])
 
 
 Reduction = Literal["add", "mean", "softmax_mean", "softmax_sum"]

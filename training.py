@@ -85,8 +85,9 @@ class Trainer:
         self.compile, self.precision = compile, precision
         if precision == "bf16":
             autocast(self.model, device)
-            if teacher:
-                autocast(teacher.model, device, in_eval=True)
+            if teacher:  # timm's has one model, ours a list
+                for model in teacher.model if isinstance(teacher.model, nn.ModuleList) else [teacher.model]:
+                    autocast(model, device, in_eval=True)
         if compile != "off":
             torch.compiler.reset()  # of the models before in this process, which count towards a limit of eight
             task.compile(mode=compile, dynamic=False)

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import Killed, in_epoch, run_row
+from conftest import Killed, Linear, in_epoch, run_row
+from torch import Tensor
 
 import common
 from teacher_outputs import EpochOutputs
@@ -18,17 +19,17 @@ TWO = ("kd_ensemble_avg_loss", dict(teachers=("teacher_baseline", "teacher_cutmi
 
 
 def asked(monkeypatch) -> list[int]:
-    """Grows by the number of images that teachers are shown."""
-    images, real = [], common.Teacher.forward
+    """Grows by the number of images that a teacher is shown."""
+    images, real = [], EpochOutputs.step
 
-    def forward(self, views, return_features=False):
-        before = len(self.outputs.recorded) if self.outputs else -1
-        logits = real(self, views, return_features)
-        if self.outputs is None or len(self.outputs.recorded) > before:
+    def step(self, teacher, views):
+        def counted(views):
             images.append(len(views))
-        return logits
+            return teacher(views)
 
-    monkeypatch.setattr(common.Teacher, "forward", forward)
+        return real(self, counted, views)
+
+    monkeypatch.setattr(EpochOutputs, "step", step)
     return images
 
 
@@ -55,20 +56,22 @@ def test_students_that_share_give_the_same_bits_and_ask_a_teacher_once(tmp_path,
     images = asked(monkeypatch)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         in_epoch(patch, 2)
-        run(TWO, share_teachers=True)
-    files = sorted((tmp_path / "results" / "teacher_outputs").glob("*/*"))
-    assert [file.name for file in files] == ["epoch001.npz"] * 2  # whole epochs only
+        run(ONE, share_teachers=True)
+    files = list((tmp_path / "results" / "teacher_outputs").glob("*/*"))
+    assert [file.name for file in files] == ["epoch001.npz"]  # whole epochs only
+    assert sum(images) == 80 + 32
     assert same_bits(run(TWO, share_teachers=True), unshared[1])
-    assert sum(images) == 80 + 32 + 80
+    assert sum(images) == 80 + 32 + 3 * 80  # the second epoch of the one that was asked before, both of the other
     assert same_bits(run(ONE, share_teachers=True), unshared[0])
-    assert sum(images) == 80 + 32 + 80  # its teacher had said it all before
+    assert sum(images) == 80 + 32 + 3 * 80  # its teacher had said it all before
 
+    files = sorted((tmp_path / "results" / "teacher_outputs").glob("*/*"))
     files[0].write_bytes(files[0].read_bytes()[:-500])
     damaged = bytearray(files[1].read_bytes())
     damaged[2000] ^= 1
     files[1].write_bytes(damaged)
     assert same_bits(run(TWO, share_teachers=True, overwrite=True), unshared[1])
-    assert sum(images) == 80 + 32 + 80 + 80  # the first epoch again, the second as it was
+    assert sum(images) == 80 + 32 + 5 * 80  # what was damaged, and nothing else
 
 
 def test_only_the_same_views_are_shared(tmp_path):
@@ -76,11 +79,11 @@ def test_only_the_same_views_are_shared(tmp_path):
         cfg = common.config_type(common.load_recipe("kd_mixup"))(protocol="smoke", share_teachers=True, **settings)
         run = common.Run("kd_mixup", cfg)
         run.teachers = teachers
-        task = SimpleNamespace(teacher=SimpleNamespace(outputs=None))
+        task = SimpleNamespace(teacher=SimpleNamespace(outputs=[]))
         trainer = SimpleNamespace(task=task, precision=precision, compile=mode)
         outputs = run._share_outputs(trainer, augment or STANDARD, epoch, 80)
-        assert task.teacher.outputs is outputs
-        return outputs and [file.as_posix() for file in outputs.files]
+        assert task.teacher.outputs == outputs
+        return [of.file.as_posix() for of in outputs]
 
     STANDARD = common.Standard()
     same = files()
@@ -96,7 +99,7 @@ def test_only_the_same_views_are_shared(tmp_path):
     ]
     others = [files(**other) for other in (*seen, *by)]
     assert len({name for names in (same, *others) for name in names}) == 1 + len(others)
-    assert files(augment=common.CutOut()) is None and files(teachers=()) is None
+    assert files(augment=common.CutOut()) == [] and files(teachers=()) == []
 
 
 @pytest.mark.parametrize("content", [b"", b"no zip", "other size", "float64", "other name", "pickle"])
@@ -112,21 +115,26 @@ def test_what_is_no_such_file_is_computed_anew(tmp_path, content):
             "pickle": dict(logits=np.array([{}] * 6)),
         }[content]
         np.savez(file, **arrays)
-    outputs = EpochOutputs([file], 6, torch.device("cpu"))
+    outputs = EpochOutputs(file, 6, torch.device("cpu"))
     views = torch.arange(18.0).view(6, 3)
     assert torch.equal(torch.cat([outputs.step(lambda x: x + 1, part) for part in views.split(4)]), views + 1)
     outputs.save()
-    outputs = EpochOutputs([file], 6, torch.device("cpu"))
+    outputs = EpochOutputs(file, 6, torch.device("cpu"))
     assert torch.equal(torch.cat([outputs.step(None, part) for part in views.split(4)]), views + 1)
 
 
-def test_several_teachers_have_a_file_each(tmp_path):
-    files, views = [tmp_path / "a.npz", tmp_path / "b.npz"], torch.arange(18.0).view(6, 3)
-    outputs = EpochOutputs(files, 6, torch.device("cpu"))
-    for part in views.split(3):
-        outputs.step(lambda x: torch.stack([x + 1, x * 2]), part)
-    outputs.save()
-    for chosen, want in ((files, [views + 1, views * 2]), (files[1:], [views * 2])):
-        outputs = EpochOutputs(chosen, 6, torch.device("cpu"))
-        said = torch.cat([outputs.step(None, part) for part in views.split(4)], dim=-2)
-        assert torch.equal(said, torch.stack(want) if len(want) > 1 else want[0])
+def test_several_teachers_say_the_same_whichever_of_them_are_asked(tmp_path):
+    def said(known: str) -> Tensor:
+        teacher.outputs = [EpochOutputs(tmp_path / f"{name}.npz", 7, torch.device("cpu")) for name in "abc"]
+        assert "".join(of.file.stem for of in teacher.outputs if of.known is not None) == known
+        logits = torch.cat([teacher(part) for part in views.split(4)], dim=1)
+        for of in teacher.outputs:
+            of.save()
+        return logits
+
+    teacher, views = common.Teacher(*(Linear() for _ in range(3))), torch.randn(7, 1, 2, 2)
+    first = said(known="")
+    assert torch.equal(first, torch.stack([model(views) for model in teacher.model]))
+    (tmp_path / "b.npz").unlink()
+    assert torch.equal(said(known="ac"), first)
+    assert torch.equal(said(known="abc"), first)
