@@ -48,15 +48,16 @@ def test_differences_are_of_the_seeds_that_both_have():
     assert questions.ours(a, b, ACCURACY) == questions.ours(a, Row("c", {}, "", ""), ECE) == []
 
 
-def test_what_is_significant_is_so_by_scipys_t_test():
+def test_what_is_significant_is_so_by_scipys_t_test_of_three_seeds_or_more():
     random, found = np.random.default_rng(0), []
-    for n in (2, 3, 5, 20):
+    for n in (3, 4, 5, 20):
         for shift in np.linspace(0, 3, 30):
             differences = list(shift + random.normal(size=n))
             found.append(questions.significant(differences))
             assert found[-1] == (ttest_1samp(differences, 0).pvalue < 0.05)
     assert 20 < sum(found) < 100
-    assert questions.significant([0.1, 0.1]) and not questions.significant([0.0, 0.0])
+    assert questions.significant([0.1] * 3) and not questions.significant([0.0] * 3)
+    assert not questions.significant([0.1] * 2)
 
 
 def test_what_is_clear_is_bold_and_what_was_published_but_is_not_seen_is_named():
@@ -79,9 +80,10 @@ def test_what_is_clear_is_bold_and_what_was_published_but_is_not_seen_is_named()
     assert text.count("### ") == 1 and "teacher_augmix" not in text  # what did not run is not answered
 
 
-def test_one_seed_makes_nothing_clear():
-    rows = table(student_baseline=runs(accuracy=[0.7]), kd_vanilla=runs(accuracy=[0.1]))
-    assert "| -60.00 |" in questions.markdown(rows)
+@pytest.mark.parametrize(("seeds", "text"), [(1, "-60.00"), (2, "-60.00 ± 0.00")])
+def test_one_seed_or_two_make_nothing_clear(seeds, text):
+    rows = table(student_baseline=runs(accuracy=[0.7] * seeds), kd_vanilla=runs(accuracy=[0.1] * seeds))
+    assert f"| {text} |" in questions.markdown(rows)
 
 
 def test_without_comparable_numbers_nothing_is_said_of_the_published():
