@@ -44,7 +44,8 @@ def draw(rows: Sequence[Row], folder: Path) -> list[str]:
     """Draw every figure that there are results for.
 
     Args:
-        rows: lines of the table, in its order, with their runs; those without runs show in the published points only.
+        rows: lines of the table, in its order, with their runs; those without runs show in the published points only,
+            which are left out where no run is comparable.
         folder: where the files go.
 
     Returns:
@@ -55,13 +56,14 @@ def draw(rows: Sequence[Row], folder: Path) -> list[str]:
     teachers = [row for row in with_bins if row.row.startswith("teacher")]
     students = [row for row in with_bins if row not in teachers]
     trained = [row for row in done if all(run.history for run in row.runs)]
+    beside = rows if any(row.comparable for row in rows) else done
     names = []
     with matplotlib.rc_context(STYLE):
         for name, shown, plot in (
             ("reliability_teachers", teachers, reliability),
             ("reliability_students", students, reliability),
             ("calibration_teachers", teachers, curves),
-            ("accuracy_ece", [row for row in rows if row.runs or row.published] if done else [], accuracy_ece),
+            ("accuracy_ece", beside, accuracy_ece),
             ("training_accuracy", trained, lambda shown: training(shown, "accuracy")),
             ("training_ece", trained, lambda shown: training(shown, "ece")),
             ("confidence", with_bins, confidence),
@@ -212,7 +214,7 @@ def training(rows: Sequence[Row], metric: str) -> Figure:
                 axes.axvline(epoch + 0.5, color="0.6", linewidth=0.5, linestyle=":")
         axes.fill_between(epochs, values.min(0), values.max(0), color=BLUE, alpha=0.25, linewidth=0)
         axes.plot(epochs, values.mean(0), color=BLUE)
-        if (published := row.published.get(metric)) is not None:
+        if row.comparable and (published := row.published.get(metric)) is not None:
             axes.axhline(scale * published, color=RED, linewidth=0.8, linestyle="--")
         axes.xaxis.get_major_locator().set_params(integer=True)
 
@@ -225,7 +227,7 @@ def training(rows: Sequence[Row], metric: str) -> Figure:
         Line2D([], [], color="0.75", linewidth=0.8, label="other rows"),
         Line2D([], [], color="0.6", linewidth=0.8, linestyle=":", label="learning rate / 10"),
     ]
-    if any(row.published for row in rows):
+    if any(row.comparable and row.published for row in rows):
         handles.append(Line2D([], [], color=RED, linewidth=0.8, linestyle="--", label="published, best epoch"))
     _legend_above(figure, handles)
     return figure
@@ -238,10 +240,11 @@ def accuracy_ece(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(WIDTH, 4.3), layout="constrained")
     axes = figure.subplots()
     points, labels, handles = [], [], []
+    comparable = any(row.comparable for row in rows)
     for i, row in enumerate(rows, 1):
         style = {"marker": "o^sD"[tables.index(row.table) % 4], "markersize": 4.5, "color": BLUE, "linestyle": ""}
         numbers = [row.published.get(metric) for metric in ("accuracy", "ece")]
-        theirs = None if None in numbers else (100 * numbers[0], numbers[1])
+        theirs = None if None in numbers or not comparable else (100 * numbers[0], numbers[1])
         if theirs:
             axes.plot(*theirs, **style, markerfacecolor="white", markeredgewidth=0.8, zorder=3)
             points.append(theirs)
@@ -264,7 +267,7 @@ def accuracy_ece(rows: Sequence[Row]) -> Figure:
     axes.set(xlabel="Test accuracy, %", ylabel="ECE, 100 bins")
     axes.grid(color="0.92", linewidth=0.5)
     axes.set_axisbelow(True)
-    title = "hollow: published\nfilled: ours, best epoch" if any(row.published for row in rows) else "best epoch"
+    title = "hollow: published\nfilled: ours, best epoch" if comparable else "best epoch"
     title += "\ngrey dash: by chance" * any(row.by_chance for row in rows)
     figure.legend(handles=handles, loc="outside right upper", title=title, alignment="left", labelspacing=0.6)
     _place_labels(figure, axes, labels, points)

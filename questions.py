@@ -92,9 +92,9 @@ def significant(differences: Sequence[float]) -> bool:
 
 
 def published(row: Row, than: Row, comparison: Comparison) -> float | None:
-    """The same of the published numbers, which know nothing of scaling."""
+    """The same of the published numbers, which know nothing of scaling; None where ours do not compare with them."""
     numbers = [r.published.get(comparison.metric) for r in (row, than)]
-    if None in numbers or comparison.scaled or comparison.than_scaled:
+    if None in numbers or comparison.scaled or comparison.than_scaled or not (row.comparable and than.comparable):
         return None
     return numbers[0] - numbers[1]
 
@@ -115,7 +115,7 @@ def rank_correlation(rows: dict[str, Row]) -> tuple[Statistic | None, float | No
     seeds = set().union(*by_row.values())
     found = [spearman({name: values.get(seed) for name, values in by_row.items()}) for seed in seeds]
     found = [correlation for correlation in found if correlation is not None]
-    theirs = spearman({name: row.published.get("ece") for name, row in rows.items()})
+    theirs = spearman({name: row.published.get("ece") if row.comparable else None for name, row in rows.items()})
     return Statistic.of(found) if found else None, theirs
 
 

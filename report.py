@@ -1,8 +1,9 @@
 """Turn results/ into tables, figures and answers.
 
 Every finished run of a protocol goes into results/<protocol>/table.md and table.csv, results/<protocol>/figures/ and
-the terminal; the table of the protocol that stands highest goes into README.md, between its two markers. What should be
-known of a protocol's runs can be said in results/<protocol>/note.md, which table.md then begins with.
+the terminal; the table that has the most rows, of these the longest trained, goes into README.md, between its two
+markers. What should be known of a protocol's runs can be said in results/<protocol>/note.md, which table.md then begins
+with.
 """
 
 import json
@@ -19,6 +20,7 @@ import questions
 from command_line import orderly_end, parse
 from rows import (
     CHOICES,
+    COMPARABLE,
     FURTHER,
     OTHER,
     PUBLISHED,
@@ -37,11 +39,9 @@ from rows import (
     trained_on,
 )
 from run_files import UserError, atomic_write, csv_text, read_published
+from run_settings import PROTOCOLS
 
 ROOT = Path(__file__).resolve().parent
-# Protocols whose results are comparable with the published numbers, longest first: README.md shows the first of them
-# that has results. In tables and figures of others the published numbers are left out.
-COMPARABLE = ("paper", "short", "quick")
 MARKERS = ("<!-- table:begin -->", "<!-- table:end -->")
 
 
@@ -158,9 +158,7 @@ def notes(protocol: str, rows: Sequence[Row]) -> str:
     if unlike := [f"`{row.label}` ({', '.join(row.unlike)})" for row in rows if row.unlike]:
         text += f" Runs of one row were not made alike: {'; '.join(unlike)}."
     if protocol not in COMPARABLE:
-        text += (
-            " Not comparable with the published numbers, which are left out: they are 500 epochs on all of cifar100."
-        )
+        text += " Not comparable with the published numbers, which are of 500 epochs on all of cifar100."
     return text
 
 
@@ -185,8 +183,9 @@ def readme_block(protocol: str | None, rows: Sequence[Row]) -> str:
     """What stands between the two markers of README.md: published and ours, or without a protocol published alone."""
     if protocol is None:
         return f"The published numbers; `uv run report.py` puts ours beside them.\n\n{markdown_main_table(rows)}"
+    legend = LEGEND + BRACKETS * (protocol in COMPARABLE)
     more = f"Further metrics and figures: [results/{protocol}/table.md](results/{protocol}/table.md)."
-    return "\n\n".join([notes(protocol, rows), markdown_main_table(rows), LEGEND + BRACKETS + more])
+    return "\n\n".join([notes(protocol, rows), markdown_main_table(rows), legend + more])
 
 
 def csv_table(rows: Sequence[Row]) -> str:
@@ -306,7 +305,7 @@ class Report:
             except UserError as error:
                 problems.append(str(error))
         note = results_dir / protocol / "note.md"
-        table, others = sort_into_rows(runs, comparable=protocol in COMPARABLE)
+        table, others = sort_into_rows(runs)
         if others and not any(row.runs for row in table):
             table = []  # rows or images of one's own alone: nothing to set beside the published table
         return cls(protocol, table, others, problems, note.read_text() if note.is_file() else "")
@@ -386,6 +385,13 @@ def _compare(path: Path, old: str, new: str) -> list[str]:
     return [f"{path} is older than the results of {', '.join(rows)}" if rows else f"{path} is not up to date"]
 
 
+def for_readme(reports: dict[str, Report]) -> str | None:
+    """The protocol on CIFAR-100 that has the most rows and, of these, trains longest; None where none has any."""
+    names = [name for name in PROTOCOLS if name in reports and PROTOCOLS[name].dataset == "cifar100"]  # longest first
+    rows = {name: sum(bool(row.runs) for row in as_published(reports[name].table)) for name in names}
+    return max(filter(rows.get, rows), key=rows.get, default=None)
+
+
 def refresh_readme(path: Path, block: str, check: bool) -> list[str]:
     """Put the block between the markers of README.md; checking, only say what is not up to date, as `stale` does."""
     try:
@@ -412,7 +418,7 @@ def refresh_readme(path: Path, block: str, check: bool) -> list[str]:
 def main(cfg: Config) -> int:
     """Report as the settings say. Returns the exit status: 1 if something is damaged or, checking, out of date."""
     found = sorted({file.parts[-4] for file in cfg.results_dir.glob("*/*/seed*/result.json")})
-    found.sort(key=lambda name: COMPARABLE.index(name) if name in COMPARABLE else len(COMPARABLE))
+    found.sort(key=[*PROTOCOLS, *found].index)
     if cfg.protocol and cfg.protocol not in found:
         raise UserError(
             f"no results of protocol {cfg.protocol} in {cfg.results_dir} (found: {', '.join(found) or 'none'}): "
@@ -438,7 +444,7 @@ def main(cfg: Config) -> int:
             print(f"without further metrics ({lacking}): uv run report.py --recompute adds them")
         print(f"written: {folder / 'table.md'}, {folder / 'table.csv'}, {folder / 'figures'}\n")
 
-    shown = next((p for p in COMPARABLE if p in reports and any(row.runs for row in reports[p].table)), None)
+    shown = for_readme(reports)
     rows = reports[shown].table if shown else sort_into_rows([])[0]
     own = cfg.results_dir.resolve() == ROOT / "results"
     if readme := cfg.readme or (ROOT / "README.md" if own else None):

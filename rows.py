@@ -33,6 +33,8 @@ from run_files import (
 CHOICES = ("best", "last", "selected")
 PUBLISHED = ("accuracy", "ece", "oe")
 CHANCE = {"accuracy": 0.005, "ece": 0.015, "oe": 0.015}  # what one seed's difference may be by chance
+# Protocols that train long enough to be held against the published numbers, which are of 500 epochs.
+COMPARABLE = ("paper", "short")
 OTHER = "Other runs"  # the table of those that the published ones do not have
 FURTHER = {
     "ece_15": "ECE, 15 bins",
@@ -262,25 +264,31 @@ class Row:
         errors = np.array([errors_by_chance(*columns) for columns in bins]).mean(0)
         return {metric: Statistic(*map(float, pair)) for metric, pair in zip(("ece", "oe"), errors, strict=True)}
 
+    @property
+    def comparable(self) -> bool:
+        """Whether there are runs, and all of them trained long enough to be held against the published numbers."""
+        return bool(self.runs) and all(run.result["protocol"] in COMPARABLE for run in self.runs)
+
     def difference(self, choice: str, metric: str) -> tuple[float, bool] | None:
-        """Ours minus the published number, and whether that is `beyond_chance`."""
+        """Ours minus the published number, where they are comparable, and whether that is `beyond_chance`."""
         ours, theirs = self.statistic(choice, metric), self.published.get(metric)
-        if ours is None or theirs is None:
+        if ours is None or theirs is None or not self.comparable:
             return None
         return ours.mean - theirs, ours.beyond_chance(metric, theirs)
 
 
-def sort_into_rows(runs: Iterable[Run], comparable: bool = True) -> tuple[list[Row], list[Row]]:
+def sort_into_rows(runs: Sequence[Run]) -> tuple[list[Row], list[Row]]:
     """The lines of the table, in the published order and empty where there are no runs yet; and other runs' lines.
 
-    Rows have their published numbers where the runs are comparable with them.
+    Rows have their published numbers, unless no run is of CIFAR-100.
 
     A line for runs with held-out images follows that of the same settings without, for they have fewer to learn from.
     """
     table: list[Row] = []
     others: list[Row] = []
+    elsewhere = bool(runs) and all(run.result["dataset"] != "cifar100" for run in runs)
     for line in read_published():
-        numbers = {metric: line[metric] for metric in PUBLISHED} if comparable else {}
+        numbers = {} if elsewhere else {metric: line[metric] for metric in PUBLISHED}
         table.append(Row(line["row"], line["changes"], line["table"], line["technique"], numbers))
     for run in sorted(runs, key=lambda run: run.result["seed"]):
         name, changes = run.result["row"], run.result["changes"]

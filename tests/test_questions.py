@@ -17,13 +17,13 @@ def runs(**scores: list[float]) -> list[Run]:
     for seed, values in enumerate(zip(*scores.values(), strict=True)):
         last = dict(zip(scores, values, strict=True))
         last["scaled"] = {name[7:]: last.pop(name) for name in list(last) if name.startswith("scaled_")}
-        result = {"row": "", "changes": {}, "seed": seed, "last": last}
+        result = {"row": "", "changes": {}, "seed": seed, "protocol": "short", "last": last}
         made.append(Run(result, [], [], ""))
     return made
 
 
-def table(comparable: bool = True, **of_rows: list[Run]) -> list[Row]:
-    rows, _ = sort_into_rows([], comparable)
+def table(**of_rows: list[Run]) -> list[Row]:
+    rows, _ = sort_into_rows([])
     for row in rows:
         row.runs = of_rows.get(row.row, []) if not row.changes else []
     return rows
@@ -87,7 +87,11 @@ def test_one_seed_or_two_make_nothing_clear(seeds, text):
 
 
 def test_without_comparable_numbers_nothing_is_said_of_the_published():
-    rows = table(False, student_baseline=runs(accuracy=[0.7]), kd_vanilla=runs(accuracy=[0.6]))
+    rows = table(student_baseline=runs(accuracy=[0.7]), kd_vanilla=runs(accuracy=[0.6]))
+    assert "accuracy, points: published" in questions.markdown(rows)
+    for row in rows:
+        for run in row.runs:
+            run.result["protocol"] = "quick"
     text = questions.markdown(rows)
     assert "-10.00" in text and "ublished" not in text
     assert questions.markdown(table()) == ""

@@ -351,16 +351,22 @@ def test_check_without_results_holds_readme_to_the_published_table(tmp_path, no_
     assert run(tmp_path, readme=readme, check=True) == 0
 
 
-def test_readme_shows_the_highest_protocol_and_nothing_else_changes(tmp_path, results, capsys):
+def test_readme_shows_the_table_with_most_rows_and_nothing_else_changes(tmp_path, results, capsys):
     readme = tmp_path / "README.md"
     readme.write_text(MARKED)
-    make_run(results, "kd_cutmix", protocol="smoke", dataset="digits")
+    for row in ("kd_cutmix", "kd_mixup", "kd_vanilla"):
+        make_run(results, row, protocol="smoke", dataset="digits")
     make_run(results, "kd_mixup", protocol="paper")
+    make_run(results, "kd_vanilla", changes={"temperature": 4.0}, protocol="paper")
+    run(results, readme=readme, protocol="short")
+    assert "Protocol `short`: 2 of 16 rows are there" in readme.read_text()
+
+    make_run(results, "student_baseline", protocol="paper")  # as many rows: the longer training
     run(results, readme=readme, protocol="short")
     text = readme.read_text()
     assert text.startswith("before\n<!-- table:begin -->\n") and text.endswith("\n<!-- table:end -->\nafter\n")
     assert (
-        "Protocol `paper`: 1 of 16 rows are there, 4 epochs on all of cifar100" in text
+        "Protocol `paper`: 2 of 16 rows are there, 4 epochs on all of cifar100" in text
         and "old" not in text.split("begin")[1].split("\n")[1]
     )
     assert not (results / "paper" / "table.md").exists()
@@ -396,7 +402,7 @@ def test_a_table_with_held_out_images_is_a_table(tmp_path):
     assert (tmp_path / "short" / "figures" / "reliability_teachers.png").is_file()
 
 
-def test_where_runs_are_not_comparable_the_published_numbers_are_left_out(tmp_path, capsys):
+def test_where_runs_are_not_comparable_no_difference_to_the_published_is_taken(tmp_path, capsys):
     folder = make_run(tmp_path, "kd_cutmix", protocol="cpu")
     result = json.loads((folder / "result.json").read_text())
     (folder / "result.json").write_text(json.dumps(result | {"settings": {"epochs": 5, "train_size": 5000}}))
@@ -406,12 +412,22 @@ def test_where_runs_are_not_comparable_the_published_numbers_are_left_out(tmp_pa
     printed, markdown = capsys.readouterr().out, (tmp_path / "cpu" / "table.md").read_text()
     for text in (printed, markdown):
         text = " ".join(text.split())
-        assert "Not comparable" in text and "5 epochs on 5,000 images of cifar100" in text and "74.62" not in text
-    assert ": published" not in markdown and "In brackets" not in markdown and "\npublished" not in printed
-    assert {line["accuracy_published"] for line in read_csv(tmp_path, "cpu")} == {""}
+        assert "Not comparable" in text and "5 epochs on 5,000 images of cifar100" in text
+    assert "In brackets" not in markdown and "published, *" not in printed
+    assert {line["accuracy_difference"] for line in read_csv(tmp_path, "cpu")} == {""}
     accuracy = json.loads((folder / "result.json").read_text())["best"]["accuracy"]
-    assert f"| `kd_cutmix` | 1 | 2.0 | {accuracy:.2%}".rstrip("%") in markdown
-    assert len(list((tmp_path / "cpu" / "figures").glob("*.svg"))) == 5 and run(tmp_path, check=True) == 0
+    assert f"| `kd_cutmix` | 1 | 2.0 | 74.62 | {accuracy:.2%}".rstrip("%") + " |" in markdown
+    texts = {file.stem: file.read_text() for file in (tmp_path / "cpu" / "figures").glob("*.svg")}
+    assert len(texts) == 5 and not any("ublished" in text for text in texts.values())
+    assert run(tmp_path, check=True) == 0
+
+
+def test_of_other_images_the_published_numbers_are_left_out(tmp_path, no_figures, capsys):
+    make_run(tmp_path, "kd_cutmix", protocol="smoke", dataset="digits")
+    run(tmp_path)
+    for text in (capsys.readouterr().out, (tmp_path / "smoke" / "table.md").read_text()):
+        assert "Not comparable" in " ".join(text.split()) and "74.62" not in text
+    assert {line["accuracy_published"] for line in read_csv(tmp_path, "smoke")} == {""}
 
 
 def test_own_readme_is_not_touched_for_results_elsewhere(results):
