@@ -36,7 +36,7 @@ STYLE = {
     "legend.frameon": False,
     "svg.hashsalt": "calibrated-distillation",
 }
-FEW = 10  # images: the accuracy of fewer says nothing
+FEW = 10  # images of a run: the accuracy of fewer says nothing
 WIDTH = 7.0  # inches: the text of a two-column page
 
 
@@ -146,7 +146,7 @@ def reliability(rows: Sequence[Row]) -> Figure:
     handles = [
         Patch(facecolor=PALE_BLUE, label="accuracy"),
         Patch(facecolor="none", edgecolor=RED, hatch="//////", label="gap to confidence"),
-        Line2D([], [], color="0.1", linewidth=0.6, label="one calibrated run, 95 %"),
+        Line2D([], [], color="0.1", linewidth=0.6, label="95 % of calibrated models"),
         Line2D([], [], color="0.2", linestyle="--", linewidth=0.8, label="perfect calibration"),
     ]
     _legend_above(figure, handles)
@@ -160,12 +160,12 @@ def curves(rows: Sequence[Row]) -> Figure:
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle=":", label="perfect calibration")
     for i, row in enumerate(rows):
         count, correct, confident = _pooled_bins(row)
-        filled = count >= FEW
+        filled = count >= FEW * len(row.runs)
         style = {"marker": "os^Dvx"[i % 6], "color": COLORS[i % 6], "linestyle": LINES[i % 6]}
         label = f"{row.row}, ECE {_mean_sd(row, 'ece')}"
         x, y = confident[filled] / count[filled], correct[filled] / count[filled]
         axes.plot(x, y, **style, markersize=3, label=label, clip_on=False)
-    label = f"Confidence; bins of {FEW} images or more"
+    label = f"Confidence; bins of {FEW} images a run or more"
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel=label, ylabel="Accuracy", aspect="equal")
     figure.legend(loc="outside lower center")
     return figure
@@ -268,6 +268,7 @@ def accuracy_ece(rows: Sequence[Row]) -> Figure:
     axes.grid(color="0.92", linewidth=0.5)
     axes.set_axisbelow(True)
     title = "hollow: published\nfilled: ours, best epoch" if comparable else "best epoch"
+    title += "\nbars: ± s.d. over seeds" * any(len(row.runs) > 1 for row in rows)
     title += "\ngrey dash: by chance" * any(row.by_chance for row in rows)
     figure.legend(handles=handles, loc="outside right upper", title=title, alignment="left", labelspacing=0.6)
     _place_labels(figure, axes, labels, points)

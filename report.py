@@ -131,7 +131,7 @@ Mean ± standard deviation over the seeds. ECE and OE have 100 bins. *best* is t
 published; *last* is the last one; *selected*, for runs with `--val-size`, is the best on held-out training images; an
 ensemble's are of its members' epochs of that name. *By chance* is what a perfectly calibrated model would have on as
 many images with the confidences of *best*, ± its standard deviation between test sets. Minutes: training and evaluation
-of one run, the mean over the seeds; its machine may have done other work as well.
+of one run, the mean over the seeds, each on what it had of its machine.
 """
 
 
