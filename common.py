@@ -194,8 +194,8 @@ class Run:
             raise UserError("--device cuda: torch sees no GPU here; --device cpu goes without")
         self.device = data_parallel.join("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
         self.model_name: str | None = None  # what is trained; an ensemble trains nothing
-        self.teachers: list[str] = []  # digests of their weights
         self.sources: list[str] = []  # the teachers or members: folders, or artifacts in W&B
+        self.source_digests: list[str] = []  # SHA-256 of their weights or predictions
         self.sweep = False  # whether it is the run that a W&B agent asked for, not one that is trained on its way
         self.needed = "result.json"  # the file for want of which it is trained
         self.wanted_by: list[Path] = []  # by which runs, that wait for it
@@ -238,9 +238,7 @@ class Run:
         """
         if not rows:
             raise UserError("--teachers takes one row or more")
-        files = self._finished(rows, "model.safetensors")
-        self.teachers = [sha256(file) for file in files]
-        return Teacher(*(self._load_model(file) for file in files))
+        return Teacher(*(self._load_model(file) for file in self._finished(rows, "model.safetensors")))
 
     def fit(self, task: TrainingTask, augment: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
         """Train `task.trainable_module`, evaluating it after every epoch, and write the run's folder."""
@@ -440,12 +438,12 @@ class Run:
     def _share_outputs(self, trainer: Trainer, augment: Callable, epoch: int, images: int) -> list[EpochOutputs]:
         """With --share-teachers, have the teachers of a student of standard views say what they said to others."""
         cfg, data = self.cfg, self.data
-        if not cfg.share_teachers or not self.teachers or type(augment) is not Standard or data_parallel.size() > 1:
+        if not cfg.share_teachers or not self.sources or type(augment) is not Standard or data_parallel.size() > 1:
             return []
         same = ("train_size", "val_size", "image_size", "seed", "batch_size")
         views = [data.fingerprint, {name: getattr(cfg, name) for name in same}, vars(augment)]
         how = [self.device.type, trainer.precision, trainer.compile, cfg.deterministic]
-        names = [json.dumps([digest, *views, *how]) for digest in self.teachers]
+        names = [json.dumps([digest, *views, *how]) for digest in self.source_digests]
         shared = cfg.results_dir / "teacher_outputs"
         folders = [shared / hashlib.sha256(name.encode()).hexdigest()[:16] for name in names]
         outputs = [EpochOutputs(folder / f"epoch{epoch:03}.npz", images, self.device) for folder in folders]
@@ -489,10 +487,14 @@ class Run:
         self._check_identity(result["settings"], result["fingerprint"], fingerprint)
         return result
 
-    def _check_identity(self, other: dict[str, Any], other_fingerprint: str, fingerprint: str) -> None:
+    def _check_identity(
+        self, other: dict[str, Any], other_fingerprint: str, fingerprint: str, digests: list[str] | None = None
+    ) -> None:
         differ = [f"{k} {other[k]}, now {v}" for k, v in identity(self.cfg).items() if other.get(k, v) != v]
         if other_fingerprint != fingerprint:
             differ.append("other images")
+        if digests not in (None, self.source_digests):
+            differ.append(f"other weights than are now in {', '.join(self.sources)}")
         if differ:
             raise UserError(
                 f"{self.path} was made with {'; '.join(differ)}: start {self.row} over with --overwrite, or choose "
@@ -514,6 +516,7 @@ class Run:
             source = row if ARTIFACT.fullmatch(row) else str(file.parent)
             self._check_source(source, file)
             self.sources.append(source)
+            self.source_digests.append(sha256(file))
             files.append(file)
         return files
 
@@ -639,8 +642,9 @@ class Run:
         state = data_parallel.from_first(lambda: checkpoint.load(self.path))
         if state is None:
             about = {"settings": settings(self.cfg), "fingerprint": self.data.fingerprint, "origins": [origin]}
-            return {**about, "history": [], "train_seconds": 0.0}
-        self._check_identity(state["settings"], state["fingerprint"], self.data.fingerprint)
+            return {**about, "source_digests": self.source_digests, "history": [], "train_seconds": 0.0}
+        digests = state.setdefault("source_digests")  # None in checkpoints from before they were kept
+        self._check_identity(state["settings"], state["fingerprint"], self.data.fingerprint, digests)
         trainer.restore(state.pop("model"), state.pop("momentum"))
         if changed := [f"{k} {v}, now {origin[k]}" for k, v in state["origins"][-1].items() if v != origin[k]]:
             print(f"warning: {self.path} was begun with {'; '.join(changed)}: result.json names both", file=sys.stderr)
@@ -695,6 +699,7 @@ class Run:
             "dataset": self.cfg.dataset,
             "model": self.model_name,
             "sources": self.sources,
+            "source_digests": self.source_digests,
             "changes": self.changes,
             **{name: {"epoch": choice["epoch"], **scores[name]} for name, choice in choices.items()},
             "published": published(self.row, self.changes),

@@ -88,7 +88,7 @@ class MeasuredRun(common.Run):
     """A run whose recipe is built as ever, up to `fit`; its teachers have the weights they were born with."""
 
     def teacher(self, *rows: str) -> common.Teacher:
-        self.teachers = list(rows)
+        self.sources = self.source_digests = list(rows)
         return common.Teacher(*(timm.create_model("wrn_40_2", num_classes=self.num_classes) for _ in rows))
 
     def fit(self, task, augment) -> None:

@@ -390,6 +390,22 @@ def test_a_checkpoint_of_other_images_is_refused(tmp_path, image_folder, monkeyp
         run_row("student_baseline", tmp_path / "results", **settings)
 
 
+def test_a_student_goes_on_with_the_weights_that_taught_it(tmp_path, monkeypatch):
+    (_, teacher), (_, other) = (run_row("teacher_cutmix", tmp_path, seed=seed) for seed in (0, 1))
+    settings = dict(teacher=str(teacher), epochs=2)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        in_epoch(patch, 2, steps_an_epoch=2)
+        run_row("kd_cutmix", tmp_path, **settings)
+    teacher.rename(tmp_path / "kept")
+    shutil.copytree(other, teacher)
+    with pytest.raises(UserError, match=r"was made with other weights than are now in .*teacher_cutmix.*--overwrite"):
+        run_row("kd_cutmix", tmp_path, **settings)
+    shutil.rmtree(teacher)
+    (tmp_path / "kept").rename(teacher)
+    result, _ = run_row("kd_cutmix", tmp_path, **settings)
+    assert result["source_digests"] == [sha256(teacher / "model.safetensors")]
+
+
 def test_a_rows_own_settings_that_changed_in_its_file_are_noticed(tmp_path, monkeypatch):
     run_row("student_baseline", tmp_path)
     config = common.config_type(common.load_recipe("student_baseline"))

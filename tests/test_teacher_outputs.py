@@ -78,7 +78,7 @@ def test_only_the_same_views_are_shared(tmp_path):
     def files(augment=None, epoch=1, teachers=("digest",), precision="fp32", mode="off", **settings):
         cfg = common.config_type(common.load_recipe("kd_mixup"))(protocol="smoke", share_teachers=True, **settings)
         run = common.Run("kd_mixup", cfg)
-        run.teachers = teachers
+        run.sources = run.source_digests = list(teachers)
         task = SimpleNamespace(teacher=SimpleNamespace(outputs=[]))
         trainer = SimpleNamespace(task=task, precision=precision, compile=mode)
         outputs = run._share_outputs(trainer, augment or STANDARD, epoch, 80)
