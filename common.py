@@ -405,7 +405,9 @@ class Run:
         losses, parts = torch.zeros(len(batches), device=self.device), {}
         started = time.perf_counter()
         for step, index in enumerate(batches, 1):
-            losses[step - 1] = loss = trainer.step(*augment(images[index], labels[index]))
+            batch = augment(images[index], labels[index])
+            with torch.random.fork_rng(devices=()):  # dropout is not to change the views to come, which others share
+                losses[step - 1] = loss = trainer.step(*batch)
             for name, value in trainer.parts.items():
                 parts[name] = parts.get(name, 0) + value * len(index)
             bar.update(len(index))

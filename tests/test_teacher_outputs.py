@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import Killed, Linear, in_epoch, run_row
-from torch import Tensor
+from timm.task import ClassificationTask
+from torch import Tensor, nn
+from tqdm import tqdm
 
 import common
 from teacher_outputs import EpochOutputs
@@ -72,6 +74,23 @@ def test_students_that_share_give_the_same_bits_and_ask_a_teacher_once(tmp_path,
     files[1].write_bytes(damaged)
     assert same_bits(run(TWO, share_teachers=True, overwrite=True), unshared[1])
     assert sum(images) == 80 + 32 + 5 * 80  # what was damaged, and nothing else
+
+
+def test_what_a_model_draws_while_it_trains_changes_no_views():
+    class Seen(common.Standard):
+        def __call__(self, images, labels):
+            views, labels = super().__call__(images, labels)
+            seen.append(views)
+            return views, labels
+
+    epochs = []
+    for dropout in (0.0, 0.5):
+        seen = []
+        run = common.Run("student_baseline", common.TrainConfig(protocol="smoke", train_size=96, batch_size=32))
+        layers = (nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(dropout), nn.Linear(12, 10))
+        run.train_epoch(run.trainer(ClassificationTask(nn.Sequential(*layers))), Seen(), 1, tqdm(disable=True))
+        epochs.append(torch.cat(seen))
+    assert len(epochs[0]) == 96 and torch.equal(*epochs)
 
 
 def test_only_the_same_views_are_shared(tmp_path):
