@@ -311,10 +311,12 @@ class Run:
         with bar, tracker:
             for epoch in range(len(state["history"]) + 1, cfg.epochs + 1):
                 predictions = self._epoch(trainer, augment, epoch, state, bar, tracker)
+        first = data_parallel.rank() == 0  # which writes
         if predictions is None:  # killed between the last epoch and its result
             predictions, _, _ = self._evaluate(model)
-        first = data_parallel.rank() == 0  # which writes
+            tracker.log(state["history"])
         if first:
+            write_csv(self.path / "history.csv", state["history"])
             save_weights(self.path / "model.safetensors", model.state_dict())
         self._save_half(trainer, predictions["probabilities"])
         if not first:

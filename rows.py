@@ -211,7 +211,7 @@ class Row:
             yield f"--no-{flag}" if value is False else f"--{flag}"
             for v in value if isinstance(value, list) else [value]:
                 if not isinstance(v, bool):
-                    yield f"{v:g}" if isinstance(v, float | int) else shlex.quote(str(v))
+                    yield shlex.quote(str(int(v) if isinstance(v, float) and v.is_integer() else v))
 
         return " ".join(word for change in self.changes.items() for word in words(*change))
 

@@ -257,7 +257,8 @@ def files_for(needed: str, result: dict[str, Any]) -> list[str]:
 def csv_text(lines: Sequence[dict[str, Any]]) -> str:
     """A table with a header, from its lines; not empty."""
     text = StringIO()
-    writer = csv.DictWriter(text, lines[0], lineterminator="\n")
+    columns = dict.fromkeys(chain.from_iterable(lines))  # of a recipe that was edited midway, later lines have others
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     return text.getvalue()
@@ -277,9 +278,9 @@ def read_csv(path: Path, columns: Sequence[str] = ("epoch", "lr", "accuracy", "e
     """
     try:
         lines = csv.DictReader(StringIO(path.read_text()), strict=True)
-        numbers = [{name: float(value) for name, value in line.items()} for line in lines]
+        numbers = [{name: float(value) for name, value in line.items() if value != ""} for line in lines]
         finite = all(map(math.isfinite, chain(*(line.values() for line in numbers))))
-        if not finite or not set(columns) <= set(lines.fieldnames or ()):
+        if not finite or not all(set(columns) <= set(names) for names in (lines.fieldnames or (), *numbers)):
             raise ValueError
     except (ValueError, TypeError, csv.Error):
         raise UserError(f"{path} is damaged: delete it, for a report does without") from None

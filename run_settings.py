@@ -12,7 +12,9 @@ from typing import Any, Literal
 import tyro
 
 from run_files import NOT_IDENTITY, UserError
-from training import Compile, Precision
+
+Compile = Literal["auto", "off", "default", "reduce-overhead", "max-autotune-no-cudagraphs"]
+Precision = Literal["auto", "fp32", "bf16"]
 
 
 class Protocol(typing.NamedTuple):
@@ -86,8 +88,8 @@ class Config:
     under results/, if there are any, train is its recipe"""
     share_teachers: bool = False
     """keep what teachers say of every view in results/teacher_outputs/, for all students of the same seed and batch
-    size: same bits in less time, for 20 MB an epoch and teacher on CIFAR-100. Not for students of augmentations of
-    their own, nor for one run on several GPUs: those ask anew"""
+    size: same bits (on a GPU with --deterministic) in less time, for 20 MB an epoch and teacher on CIFAR-100. Not for
+    students of augmentations of their own, nor for one run on several GPUs: those ask anew"""
     wandb_project: str | None = None
     """project there, if not WANDB_PROJECT or calibrated-distillation"""
     wandb_charts: Count = 10

@@ -5,7 +5,6 @@ import math
 import os
 import sys
 from contextlib import nullcontext
-from typing import Literal
 
 import torch
 from timm.layers import convert_sync_batchnorm
@@ -14,12 +13,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data_parallel
+from run_settings import Compile, Precision
 
 # For `deterministic`. cuBLAS reads it once, at its first product, which may be that of a model before this one.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-Compile = Literal["auto", "off", "default", "reduce-overhead", "max-autotune-no-cudagraphs"]
-Precision = Literal["auto", "fp32", "bf16"]
 
 # What `auto` compiles to, and from how many training images in a run, so that the minutes of compilation are won back
 # many times over. On a CPU in fp32 it fuses batch norm, two fifths of ShuffleNetV1's step; in bf16 what it fuses is

@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -20,6 +22,7 @@ from calibration import calibration_metrics, reliability_diagram, scores_of_run
 from consistency import errors_by_chance
 from rows import Row, read_run
 from run_files import UserError, read_published, variant, write_csv
+from run_files import read_csv as read_numbers
 
 ROOT = Path(report.__file__).parent
 MARKED = "before\n<!-- table:begin -->\nold\n<!-- table:end -->\nafter\n"
@@ -293,8 +296,23 @@ def test_of_rows_of_ones_own_alone_the_published_table_is_left_out(tmp_path, cap
 
 def test_a_variant_is_labelled_by_the_flags_that_make_it():
     changes = {"flips": True, "share": False, "lr": 0.1, "weights": [1.0, 5.0], "name": "a b"}
+    changes |= {"temperature": 37.28491823, "train_size": 1281167}  # as a sweep draws them, and to the last digit
     row = Row("kd_cutmix", changes, "", "")
-    assert row.flags == "--flips --no-share --lr 0.1 --weights 1 5 --name 'a b'"
+    assert row.flags == (
+        "--flips --no-share --lr 0.1 --weights 1 5 --name 'a b' --temperature 37.28491823 --train-size 1281167"
+    )
+
+
+def test_a_history_with_a_loss_that_came_later_is_whole(tmp_path):
+    lines = [{"epoch": epoch, "lr": 0.1, "accuracy": 0.5, "ece": 0.1} for epoch in (1, 2, 3)]
+    lines[1]["kd_loss"] = 0.5
+    write_csv(tmp_path / "history.csv", lines)
+    assert read_numbers(tmp_path / "history.csv") == lines
+
+
+def test_results_are_read_without_torch():
+    code = "import sys, report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_nothing_to_report_says_what_to_run_first(tmp_path, results, monkeypatch, capsys):

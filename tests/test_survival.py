@@ -97,6 +97,20 @@ def test_a_signal_closes_wandb_as_preempted(tmp_path, monkeypatch):
     assert calls == [75]
 
 
+def test_a_kill_between_the_last_checkpoint_and_its_line_in_the_history_loses_no_line(tmp_path, monkeypatch, whole):
+    def write(path, lines):
+        die() if len(lines) == 3 else real(path, lines)
+
+    real = common.write_csv
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(common, "write_csv", write)
+        run_row("student_baseline", tmp_path, **THREE_STEPS)
+    logged = []
+    monkeypatch.setattr(common.Tracker, "log", lambda self, history, *_: logged.append(len(history)))
+    assert files(run_row("student_baseline", tmp_path, **THREE_STEPS)[1]) == whole
+    assert logged == [3]
+
+
 def flip_a_bit(data: bytes) -> bytes:
     middle = len(data) // 2
     return data[:middle] + bytes([data[middle] ^ 16]) + data[middle + 1 :]
