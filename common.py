@@ -474,7 +474,7 @@ class Run:
         batches = (normalize(batch) for batch in data_parallel.shard(images.split(batch_size)))
         logits = [model(batch.contiguous(memory_format=torch.channels_last)).float() for batch in batches]
         own = torch.cat(logits).softmax(1).cpu().split(batch_size) if logits else ()
-        return torch.cat(data_parallel.gather(own))
+        return torch.cat(data_parallel.gather([part.clone() for part in own]))  # a view would be sent with all of it
 
     def load_result(self, path: Path | None = None) -> dict[str, Any] | None:
         """What `result.json` holds, in this run's folder or in another one of the same run. None if the run is not

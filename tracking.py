@@ -21,7 +21,17 @@ import numpy as np
 
 from calibration import CalibrationMetrics, calibration_metrics, reliability_diagram
 from command_line import EXIT_CODES, Interrupted
-from run_files import HALF, UserError, atomic_write, first_line, load_probabilities, read_csv, read_result, variant
+from run_files import (
+    HALF,
+    UserError,
+    atomic_write,
+    first_line,
+    load_probabilities,
+    locked,
+    read_csv,
+    read_result,
+    variant,
+)
 
 PROJECT = "calibrated-distillation"
 TEST_METRICS = ("accuracy", "ece", "oe", "nll", "brier")
@@ -294,11 +304,12 @@ def fetch_artifact(name: str, folder: Path) -> Path:
         artifact = wandb.Api(timeout=30).artifact(name)
         path = folder / artifact.qualified_name.replace("/", "-").replace(":", "-")
         entries = artifact.manifest.entries
-        for file in (*HALF, *HALF.values()):  # nothing else in there is looked at
-            if file in entries:
-                entries[file].download(str(path))
-        with atomic_write(path / "result.json") as file:
-            file.write(json.dumps(artifact.metadata, indent=2).encode())
+        with locked(path):
+            for file in (*HALF, *HALF.values()):  # nothing else in there is looked at
+                if file in entries:
+                    entries[file].download(str(path))
+            with atomic_write(path / "result.json") as file:
+                file.write(json.dumps(artifact.metadata, indent=2).encode())
     except (wandb.Error, OSError, ValueError) as error:
         raise UserError(f"{name} cannot be fetched from Weights & Biases: {first_line(error)}") from None
     return path

@@ -208,6 +208,17 @@ def test_folded_teacher_gives_the_models_logits(name):
     torch.testing.assert_close(both, torch.stack([teacher(images)] * 2))
 
 
+@pytest.mark.parametrize("ask", [lambda x: len(x), lambda x: [None for _ in range(x.shape[2])]])
+def test_a_network_that_cannot_be_traced_teaches_as_it_is(ask):
+    class Untraceable(nn.Sequential):
+        def forward(self, x):
+            ask(x)
+            return super().forward(x)
+
+    model, images = Untraceable(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), torch.randn(2, 3, 8, 8)
+    assert torch.equal(common.Teacher(model)(images), model.eval()(images))
+
+
 def test_auto_compiles_only_what_pays(monkeypatch):
     def chosen(images: int, **settings) -> tuple[str, str]:
         trainer = Trainer(make_task("wrn"), torch.device("cpu"), images, lr=0.1, momentum=0, weight_decay=0, **settings)
