@@ -36,12 +36,12 @@ def test_rows_are_those_of_the_table_and_taught_as_their_recipes_say():
 
 
 def test_differences_are_of_the_seeds_that_both_have():
-    a = Row("a", {}, "", "", runs=runs(ece=[0.1, 0.2, 0.4], scaled_ece=[0.01, 0.02, 0.04]))
-    b = Row("b", {}, "", "", runs=runs(ece=[0.5, 0.1], scaled_ece=[0.03, 0.05]))
+    a = Row("a", {}, "", "", runs=runs(ece=[0.1, 0.2, 0.4], ece_15=[0.3, 0.6, 0.7], scaled_ece_15=[0.01, 0.02, 0.04]))
+    b = Row("b", {}, "", "", runs=runs(ece=[0.5, 0.1], scaled_ece_15=[0.03, 0.05]))
     expected = {
         ECE: [0.1 - 0.5, 0.2 - 0.1],
         ECE_SCALED: [0.01 - 0.03, 0.02 - 0.05],
-        ECE_THAN_SCALED: [0.1 - 0.03, 0.2 - 0.05],
+        ECE_THAN_SCALED: [0.3 - 0.03, 0.6 - 0.05],
     }
     for comparison, differences in expected.items():
         assert questions.ours(a, b, comparison) == pytest.approx(differences)
@@ -69,7 +69,7 @@ def test_what_is_clear_is_bold_and_what_was_published_but_is_not_seen_is_named()
             teacher_cutout=runs(ece=[0.20, 0.21, 0.22]),  # +0.1 ± 0: the other way
         )
     )
-    assert "| minus `teacher_baseline` | ECE: published | ECE | ECE, both scaled |" in text
+    assert "| minus `teacher_baseline` | ECE: published | ECE | ECE, 15 bins, both scaled |" in text
     assert "| `teacher_mixup` | -0.0753 | **-0.0700 ± 0.0100** |  |" in text
     assert "| `teacher_cutmix` | -0.0789 | -0.0367 ± 0.0462 |  |" in text
     assert "| `teacher_cutout` | -0.0329 | **+0.1000 ± 0.0000** |  |" in text
