@@ -184,7 +184,7 @@ def confidence(rows: Sequence[Row]) -> Figure:
 
     figure = _panels(rows, 4, 1.25, plot)
     figure.supxlabel("Confidence", fontsize=8)
-    figure.supylabel("Share of test images", fontsize=8)
+    figure.supylabel("Share of images", fontsize=8)
     handles = [
         Patch(color=GREY, label="images"),
         Line2D([], [], color=BLUE, linewidth=1.3, label="mean accuracy"),
