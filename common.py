@@ -474,7 +474,7 @@ class Run:
         batches = (normalize(batch) for batch in data_parallel.shard(images.split(batch_size)))
         logits = [model(batch.contiguous(memory_format=torch.channels_last)).float() for batch in batches]
         own = torch.cat(logits).softmax(1).cpu().split(batch_size) if logits else ()
-        return torch.cat(data_parallel.gather([part.clone() for part in own]))  # a view would be sent with all of it
+        return torch.cat(data_parallel.gather(own))
 
     def load_result(self, path: Path | None = None) -> dict[str, Any] | None:
         """What `result.json` holds, in this run's folder or in another one of the same run. None if the run is not
@@ -518,9 +518,8 @@ class Run:
         for row in rows:
             file = self._finish_row(row, needed)
             source = row if ARTIFACT.fullmatch(row) else str(file.parent)
-            self._check_source(source, file)
+            self.source_digests.append(self._check_source(source, file))
             self.sources.append(source)
-            self.source_digests.append(sha256(file))
             files.append(file)
         return files
 
@@ -548,8 +547,9 @@ class Run:
         print(f"{row} is finished: back to {self.row}")
         return run.path / needed
 
-    def _check_source(self, source: str, file: Path) -> None:
-        """Refuse a finished run's file that is missing or damaged, or was trained on other classes or images."""
+    def _check_source(self, source: str, file: Path) -> str:
+        """Refuse a finished run's file that is missing or damaged, or was trained on other classes or images. Returns
+        its SHA-256."""
         result = read_result(file.parent)
         if not file.is_file():
             raise UserError(f"{source} has a result.json but no {file.name}: name another run, or a row to train")
@@ -565,11 +565,13 @@ class Run:
                 f"{source} was trained on other images than {self.row} is ({'; '.join(differ) or 'other files'}): name "
                 "another run, or a row to train"
             )
-        if sha256(file) != result["files"].get(file.name):
+        digest = sha256(file)
+        if digest != result["files"].get(file.name):
             raise UserError(
                 f"{file} is damaged, for it is not what result.json describes: delete it, and {result['row']} is "
                 "trained again where it is named as a row"
             )
+        return digest
 
     def warn_of_edits(self, result: dict[str, Any]) -> None:
         """Say so where a finished run was made by other lines than its recipe has now."""

@@ -122,12 +122,12 @@ def shard(items: Sequence[Any]) -> Sequence[Any]:
     return items[rank() :: size()]
 
 
-def gather(items: Sequence[Any]) -> Sequence[Any]:
+def gather(items: Sequence[Tensor]) -> Sequence[Tensor]:
     """The items of all processes, in the order in which `shard` dealt them."""
     if size() == 1:
         return items
     dealt = [None] * size()
-    dist.all_gather_object(dealt, items)
+    dist.all_gather_object(dealt, [item.clone() for item in items])  # a view would be sent with all that it is of
     return [hand[i] for i in range(len(dealt[0])) for hand in dealt if i < len(hand)]
 
 

@@ -119,6 +119,11 @@ def test_what_is_dealt_comes_back_in_order(monkeypatch, n):
     hands = []
     for rank in range(3):
         monkeypatch.setattr(data_parallel, "rank", lambda rank=rank: rank)
-        hands.append(data_parallel.shard(list(range(n))))
-    monkeypatch.setattr(data_parallel.dist, "all_gather_object", lambda out, mine: out.__setitem__(slice(None), hands))
-    assert data_parallel.gather(hands[0]) == list(range(n))
+        hands.append(data_parallel.shard(torch.arange(n).split(1) if n else ()))
+
+    def all_gather(dealt, mine):
+        assert all(item.untyped_storage().nbytes() == item.nbytes for item in mine)  # not with all that it is a view of
+        dealt[:] = hands
+
+    monkeypatch.setattr(data_parallel.dist, "all_gather_object", all_gather)
+    assert [int(item) for item in data_parallel.gather(hands[0])] == list(range(n))
