@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
+from PIL import Image
 
 from consistency import consistency_bars
 from rows import Row, plus_minus
@@ -79,7 +80,10 @@ def _save(figure: Figure, path: Path) -> list[str]:
         buffer = BytesIO()
         figure.savefig(buffer, format=suffix[1:], **options)
         with atomic_write(path.with_suffix(suffix)) as file:
-            file.write(buffer.getvalue())
+            if suffix == ".png":  # 256 colours are plenty, and a third of the bytes
+                Image.open(buffer).convert("RGB").quantize(dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+            else:
+                file.write(buffer.getvalue())
         names.append(path.name + suffix)
         figure.set_layout_engine("none")  # the layout is found once, and takes as long as drawing
     return names
