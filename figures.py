@@ -18,6 +18,7 @@ from matplotlib.patheffects import withStroke
 from PIL import Image
 
 from consistency import consistency_bars
+from questions import TAUGHT_BY
 from rows import Row, plus_minus
 from run_files import atomic_write
 
@@ -64,6 +65,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[str]:
             ("reliability_teachers", teachers, reliability),
             ("reliability_students", students, reliability),
             ("calibration_teachers", teachers, curves),
+            ("temperatures", taught(done), temperatures),
             ("accuracy_ece", beside, accuracy_ece),
             ("training_accuracy", trained, lambda shown: training(shown, "accuracy")),
             ("training_ece", trained, lambda shown: training(shown, "ece")),
@@ -172,6 +174,37 @@ def curves(rows: Sequence[Row]) -> Figure:
     label = f"Confidence; bins of {FEW} images a run or more"
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel=label, ylabel="Accuracy", aspect="equal")
     figure.legend(loc="outside lower center")
+    return figure
+
+
+def taught(rows: Sequence[Row]) -> list[Row]:
+    """The five pairs of teacher and student, as far as both have temperatures, and the untaught student; or nothing."""
+    found = {row.row: row for row in rows if row.temperature("last")}
+    pairs = [(teacher, student) for student, teacher in TAUGHT_BY.items() if {teacher, student} <= found.keys()]
+    return [found[name] for pair in (*pairs, ("student_baseline",)) for name in pair if name in found] if pairs else []
+
+
+def temperatures(rows: Sequence[Row]) -> Figure:
+    """The temperature that each student needs over that which its teacher does, a mark for each seed: on the diagonal
+    where calibration is passed on, on the level of the untaught student where it is not."""
+    fitted = {
+        row.row: {run.result["seed"]: np.mean(run.result["last"]["temperatures"]) for run in row.runs} for row in rows
+    }
+    figure = Figure(figsize=(4.0, 4.6), layout="constrained")
+    axes = figure.subplots()
+    axes.axline((1, 1), slope=1, color="0.6", linewidth=0.8, linestyle=":", label="the same temperature")
+    if untaught := fitted.get("student_baseline"):
+        level = float(np.mean([*untaught.values()]))
+        axes.axhline(level, color="0.4", linewidth=0.8, linestyle="--", label=f"student_baseline, {level:.2f}")
+    for i, (student, teacher) in enumerate(TAUGHT_BY.items()):
+        if seeds := fitted.get(student, {}).keys() & fitted.get(teacher, {}).keys():
+            points = [(fitted[teacher][seed], fitted[student][seed]) for seed in sorted(seeds)]
+            style = {"marker": "os^Dv"[i], "color": COLORS[i], "linestyle": "", "markersize": 4, "alpha": 0.8}
+            axes.plot(*zip(*points, strict=True), **style, label=student)
+    axes.set(xlabel="Temperature that calibrates the teacher", ylabel="Temperature that calibrates its student")
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.margins(0.1)
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 

@@ -41,6 +41,7 @@ TAUGHT_BY = {
     "kd_augmix": "teacher_augmix",
 }
 CALIBRATED = tuple(TAUGHT_BY)[1:]
+PASSING = "Does its calibration pass to a student that never sees the augmentation?"
 OF_SEVERAL = ("kd_ensemble_add_loss", "kd_ensemble_avg_loss", "kd_ensemble_avg_softmax")
 QUESTIONS = (
     Question(
@@ -48,8 +49,7 @@ QUESTIONS = (
         tuple(TAUGHT_BY[row] for row in CALIBRATED), "teacher_baseline", (ECE, ECE_SCALED),
     ),
     Question(
-        "Does its calibration pass to a student that never sees the augmentation?",
-        CALIBRATED, "kd_vanilla", (ECE, ECE_SCALED),
+        PASSING, CALIBRATED, "kd_vanilla", (ECE, ECE_SCALED),
     ),
     Question(
         "Is a taught student better than the plain one with one temperature fitted to it?",
@@ -123,18 +123,7 @@ def markdown(table: Sequence[Row]) -> str:
     """The questions that there are runs for, a table each; empty where there are none."""
     rows = {row.row: row for row in as_published(table)}
     parts = [part for question in QUESTIONS for part in _answer(question, rows)]
-    if not parts:
-        return ""
-    correlation, theirs = rank_correlation(rows)
-    if correlation:
-        mean, sd = correlation
-        found = f"{mean:.2f}" + (f" ± {sd:.2f}" if sd is not None else "")
-        found += f" (published: {theirs:.2f})" if theirs is not None else ""
-        parts.append(
-            "Spearman's rank correlation of the ECE of the five teachers and that of their students, where 1 is the "
-            f"same order: {found}."
-        )
-    return "\n\n".join(["## What the table says", INTRODUCTION, *parts])
+    return "\n\n".join(["## What the table says", INTRODUCTION, *parts]) if parts else ""
 
 
 def _answer(question: Question, rows: dict[str, Row]) -> Iterator[str]:
@@ -162,3 +151,31 @@ def _answer(question: Question, rows: dict[str, Row]) -> Iterator[str]:
     yield markdown_table(header, lines)
     if unseen:
         yield f"Published, but not clear at our last epoch: {'; '.join(unseen)}."
+    if question.text == PASSING:
+        yield from _side_by_side(rows)
+
+
+def _side_by_side(rows: dict[str, Row]) -> Iterator[str]:
+    """Teachers and the students that each of them taught alone, below them the untaught one; how their order agrees."""
+
+    def cells(row: Row) -> list[str]:
+        found = {"accuracy": row.statistic("last", "accuracy"), "temperature": row.temperature("last")}
+        return [f"`{row.row}`", *(plus_minus(metric, statistic, " ± ") for metric, statistic in found.items())]
+
+    pairs = [(rows[teacher], rows[student]) for student, teacher in TAUGHT_BY.items()]
+    lines = [[*cells(teacher), *cells(student)] for teacher, student in pairs if teacher.runs and student.runs]
+    if lines and rows["student_baseline"].runs:
+        lines.append(["none", "", "", *cells(rows["student_baseline"])])
+    if lines:
+        yield "The temperature that would calibrate each, above 1 where it is too confident:"
+        numbers = ["accuracy, %", "temperature"]
+        yield markdown_table(["teacher", *numbers, "its student", *numbers], lines)
+    correlation, theirs = rank_correlation(rows)
+    if correlation:
+        mean, sd = correlation
+        found = f"{mean:.2f}" + (f" ± {sd:.2f}" if sd is not None else "")
+        found += f" (published: {theirs:.2f})" if theirs is not None else ""
+        yield (
+            "Spearman's rank correlation of the ECE of the five teachers and that of their students, where 1 is the "
+            f"same order: {found}."
+        )

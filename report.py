@@ -115,8 +115,7 @@ def markdown_further_table(rows: Sequence[Row]) -> str:
             for metric in FURTHER:
                 pair = [plus_minus(metric, row.statistic(choice, metric, scaled), " ± ") for scaled in (False, True)]
                 cells.append(" → ".join(filter(None, pair)))
-            temperature = row.temperature(choice)
-            lines.append([*cells, f"{temperature:.2f}" if temperature else ""])
+            lines.append([*cells, plus_minus("temperature", row.temperature(choice), " ± ")])
     return markdown_table(["Recipe", "Epoch", *FURTHER.values(), "Temperature"], lines, left=2)
 
 
@@ -211,7 +210,7 @@ def csv_table(rows: Sequence[Row]) -> str:
                 line |= _csv_cells(f"{metric}_by_chance", by_chance.get(metric)) if metric != "accuracy" else {}
             for metric in FURTHER:
                 line |= _csv_cells(metric, row.statistic(choice, metric))
-            line["temperature"] = row.temperature(choice)
+            line |= _csv_cells("temperature", row.temperature(choice))
             for metric in (*PUBLISHED, *FURTHER):
                 if metric != "accuracy":
                     line |= _csv_cells(f"{metric}_scaled", row.statistic(choice, metric, scaled=True))
@@ -252,7 +251,7 @@ def terminal(protocol: str, rows: Sequence[Row], others: Sequence[Row], note: st
         for choice in row.choices:
             temperature = row.temperature(choice)
             for scaled in (False, True) if temperature else (False,):
-                line = f"  T {temperature:5.2f}" if scaled else choice
+                line = f"  T {temperature.mean:5.2f}" if scaled else choice
                 cells = (_short(m, row.statistic(choice, m, scaled)) for m in FURTHER)
                 yield f"{line:9}" + "".join(f" {cell:>12}" for cell in cells)
 

@@ -173,8 +173,10 @@ class Statistic(NamedTuple):
 
 
 def number(metric: str, value: float, sign: str = "") -> str:
-    """As people read it: accuracy in percent."""
-    return f"{100 * value:{sign}.2f}" if metric == "accuracy" else f"{value:{sign}.4f}"
+    """As people read it: accuracy in percent, a temperature to what can be known of it."""
+    if metric == "accuracy":
+        return f"{100 * value:{sign}.2f}"
+    return f"{value:{sign}.{2 if metric == 'temperature' else 4}f}"
 
 
 def plus_minus(metric: str, statistic: Statistic | None, sep: str = "±", sign: str = "") -> str:
@@ -249,10 +251,10 @@ class Row:
         values = self.values(choice, metric, scaled)
         return values and Statistic.of(values)
 
-    def temperature(self, choice: str) -> float | None:
-        """The mean of the fitted temperatures, over halves and seeds."""
-        values = self.values(choice, "temperatures")
-        return values and statistics.fmean(value for pair in values for value in pair)
+    def temperature(self, choice: str) -> Statistic | None:
+        """The fitted temperature over the seeds, each the mean of its test images' two halves."""
+        pairs = self.values(choice, "temperatures")
+        return pairs and Statistic.of([statistics.fmean(pair) for pair in pairs])
 
     @property
     def by_chance(self) -> dict[str, Statistic]:

@@ -108,6 +108,23 @@ def test_rows_with_held_out_images_answer_where_there_are_no_others():
     assert questions.markdown([*table(student_baseline=runs(accuracy=[0.7])), *held_out]) == ""  # never the two mixed
 
 
+def test_teachers_stand_beside_the_students_that_they_taught_with_their_temperatures():
+    rows = table(
+        teacher_mixup=runs(ece=[0.1, 0.1], accuracy=[0.5, 0.6], temperatures=[[0.7, 0.9], [1.0, 1.0]]),
+        kd_mixup=runs(ece=[0.1, 0.1], accuracy=[0.4, 0.4], temperatures=[[0.8, 0.8], [0.8, 0.9]]),
+        teacher_cutmix=runs(ece=[0.1], accuracy=[0.5], temperatures=[[0.7, 0.9]]),  # whose student did not run
+        kd_vanilla=runs(ece=[0.1], accuracy=[0.4], temperatures=[[0.8, 0.8]]),  # whose teacher did not
+        student_baseline=runs(accuracy=[0.3], temperatures=[[1.1, 1.2]]),
+    )
+    text = questions.markdown(rows)
+    [heading] = [i for i, line in enumerate(text.splitlines()) if line.startswith("| teacher |")]
+    assert text.splitlines()[heading + 2 :][:3] == [
+        "| `teacher_mixup` | 55.00 ± 7.07 | 0.90 ± 0.14 | `kd_mixup` | 40.00 ± 0.00 | 0.83 ± 0.04 |",
+        "| none |  |  | `student_baseline` | 30.00 | 1.15 |",
+        "",
+    ]
+
+
 def test_rank_correlation_is_one_minus_the_squared_differences_of_ranks():
     def spearman(a, b) -> float:
         ranks = [np.argsort(np.argsort(values)) for values in (a, b)]

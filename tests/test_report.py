@@ -118,7 +118,9 @@ def test_table_has_mean_and_deviation_over_seeds_and_every_row(results):
             assert float(line[metric]) == pytest.approx(np.mean(values), abs=1e-6)
             assert float(line[f"{metric}_sd"]) == pytest.approx(np.std(values, ddof=1), abs=1e-6)
         assert float(line["brier_scaled"]) == pytest.approx(np.mean([s["scaled"]["brier"] for s in scores]), abs=1e-6)
-        assert float(line["temperature"]) == pytest.approx(np.mean([s["temperatures"] for s in scores]), abs=1e-6)
+        temperatures = np.mean([score["temperatures"] for score in scores], 1)  # of a seed, over the two halves
+        assert float(line["temperature"]) == pytest.approx(temperatures.mean(), abs=1e-6)
+        assert float(line["temperature_sd"]) == pytest.approx(temperatures.std(ddof=1), abs=1e-6)
         assert float(line["accuracy_difference"]) == pytest.approx(float(line["accuracy"]) - 0.7462, abs=2e-6)
         if choice == "best":
             bins = [
@@ -544,11 +546,28 @@ def test_no_text_overlaps_in_the_figures(tmp_path):
         few = [rows[6:], rows[6:10], rows[6:9], rows[6:8], rows[6:7]]
         drawn = [plot(shown) for shown in few for plot in (figures.reliability, figures.confidence)]
         drawn += [figures.training(shown, "ece") for shown in few]
+        drawn.append(figures.temperatures(rows))
         for figure in (figures.curves(rows[:6]), figures.accuracy_ece(rows), *drawn):
             figure.draw_without_rendering()
             for legend in figure.legends:
                 box = legend.get_window_extent()
                 assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+
+
+def test_a_students_temperature_is_drawn_over_its_teachers_seed_by_seed(tmp_path):
+    for row, seeds in {"teacher_mixup": 3, "kd_mixup": 2, "kd_vanilla": 1, "student_baseline": 2}.items():
+        for seed in range(seeds):
+            make_run(tmp_path, row, seed)
+    rows = {row.row: row for row in rows_of(tmp_path) if row.runs}
+    fitted = {name: [np.mean(run.result["last"]["temperatures"]) for run in row.runs] for name, row in rows.items()}
+    shown = figures.taught(rows.values())
+    assert [row.row for row in shown] == ["teacher_mixup", "kd_mixup", "student_baseline"]  # of kd_vanilla's none ran
+    diagonal, level, marks = figures.temperatures(shown).axes[0].lines
+    assert diagonal.get_slope() == 1 and diagonal.get_xy1() == (1, 1)
+    assert level.get_ydata() == pytest.approx([np.mean(fitted["student_baseline"])] * 2)
+    assert marks.get_xydata() == pytest.approx(np.transpose([fitted["teacher_mixup"][:2], fitted["kd_mixup"]]))
+    assert marks.get_label() == "kd_mixup"
+    assert figures.taught([rows["kd_mixup"], rows["student_baseline"]]) == []
 
 
 def test_bins_of_few_images_show_by_their_bars_what_they_are_worth(tmp_path):
