@@ -238,7 +238,7 @@ class Run:
         """
         if not rows:
             raise UserError("--teachers takes one row or more")
-        return Teacher(*(self._load_model(file) for file in self._finished(rows, "model.safetensors")))
+        return Teacher(*(self.load_model(file) for file in self._finished(rows, "model.safetensors")))
 
     def fit(self, task: TrainingTask, augment: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
         """Train `task.trainable_module`, evaluating it after every epoch, and write the run's folder."""
@@ -380,9 +380,9 @@ class Run:
         arrays = load_probabilities(file) if file.suffix == ".npz" else {}
         if not arrays.keys() >= set(names):
             weights = file.with_name(HALF["model.safetensors"]) if arrays else file
-            self._check_source(str(file.parent), weights)
+            self.check_source(str(file.parent), weights)
             print(f"{file.parent} lacks predictions: making them again with {weights.name}")
-            model = self._load_model(weights).to(self.device, memory_format=torch.channels_last)
+            model = self.load_model(weights).to(self.device, memory_format=torch.channels_last)
             made = dict.fromkeys(("best", "last", "selected"), self.predict(model, self.data.test_images).numpy())
             if self.cfg.val_size and "val" not in arrays:
                 made["val"] = self.predict(model, self.data.val_images).numpy()
@@ -518,7 +518,7 @@ class Run:
         for row in rows:
             file = self._finish_row(row, needed)
             source = row if ARTIFACT.fullmatch(row) else str(file.parent)
-            self.source_digests.append(self._check_source(source, file))
+            self.source_digests.append(self.check_source(source, file))
             self.sources.append(source)
             files.append(file)
         return files
@@ -547,7 +547,7 @@ class Run:
         print(f"{row} is finished: back to {self.row}")
         return run.path / needed
 
-    def _check_source(self, source: str, file: Path) -> str:
+    def check_source(self, source: str, file: Path) -> str:
         """Refuse a finished run's file that is missing or damaged, or was trained on other classes or images. Returns
         its SHA-256."""
         result = read_result(file.parent)
@@ -596,7 +596,7 @@ class Run:
             files = [file for file in files if file.name == needed]
         return next(filter(Path.is_file, files), None)
 
-    def _load_model(self, file: Path) -> nn.Module:
+    def load_model(self, file: Path) -> nn.Module:
         result = read_result(file.parent)
         name = result["model"]
         if name and not timm.is_model(name):

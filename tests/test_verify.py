@@ -1,0 +1,73 @@
+"""Numbers that are what the weights say pass; others, and weights that are not the run's, do not."""
+
+import json
+import shutil
+
+import pytest
+from conftest import run_row
+
+import verify
+from run_files import HALF, UserError
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A teacher in full precision, two students in half, and an ensemble of these."""
+    folder = tmp_path_factory.mktemp("results")
+    run_row("teacher_baseline", folder, wandb_mode="disabled")
+    students = [run_row("student_baseline", folder, seed=seed, wandb_mode="disabled")[1] for seed in (0, 1)]
+    run_row("student_ensemble", folder, members=tuple(map(str, students)), weights=(3, 1), wandb_mode="disabled")
+    for file in folder.glob("smoke/student*/*/*"):
+        if file.name not in ("result.json", HALF["model.safetensors"]):
+            file.unlink()
+    return folder
+
+
+@pytest.fixture
+def results(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "results")
+
+
+def verified(results, capsys, **settings) -> tuple[int, list[str]]:
+    """Exit status and lines below the header."""
+    capsys.readouterr()
+    status = verify.main(verify.Config(results_dir=results, **settings))
+    return status, capsys.readouterr().out.splitlines()[1:]
+
+
+def test_numbers_are_those_of_the_weights_in_either_precision(results, capsys):
+    before = {file: file.read_bytes() for file in results.rglob("*") if file.is_file()}
+    status, lines = verified(results, capsys)
+    assert status == 0 and lines[-1].startswith("4 of 4 runs are what their weights say")
+    teacher = json.loads(next(results.glob("smoke/teacher_baseline/*/result.json")).read_text())["last"]
+    [line] = [line for line in lines if "teacher_baseline" in line]
+    assert line.split()[1:4] == [f"{100 * teacher['accuracy']:.2f}", "→", f"{100 * teacher['accuracy']:.2f}"]
+    assert line.split()[-3:] == [f"{teacher['nll']:.4f}", "→", f"{teacher['nll']:.4f}"]
+    assert {file: file.read_bytes() for file in before} == before
+
+
+@pytest.mark.parametrize("metric", verify.TOLERANCE)
+def test_a_number_that_is_not_what_the_weights_say_is_named(metric, results, capsys):
+    file = next(results.glob("smoke/student_ensemble/*/result.json"))
+    result = json.loads(file.read_text())
+    result["last"][metric] += 1.5 * verify.TOLERANCE[metric] + 0.001 * (metric == "nll")
+    file.write_text(json.dumps(result))
+    status, lines = verified(results, capsys)
+    assert status == 1 and lines[-1].startswith("3 of 4")
+    assert [line.split("/")[1] for line in lines if "differs" in line] == ["student_ensemble"]
+
+
+def test_other_weights_are_refused_and_the_rest_verified(results, capsys):
+    first, other = sorted(results.glob("smoke/student_baseline/*/*.safetensors"))
+    first.write_bytes(other.read_bytes())
+    status, lines = verified(results, capsys)
+    assert status == 1 and lines[-1].startswith("2 of 4")  # of the students the second, and the teacher
+    assert "is damaged" in lines[0] and "differs" not in "".join(lines)
+
+
+def test_what_is_not_here_is_counted(results, capsys):
+    next(results.glob("smoke/student_baseline/seed1*/*.safetensors")).unlink()
+    status, lines = verified(results, capsys, rows=("student_baseline", "student_ensemble"))
+    assert (status, lines[-1]) == (0, "1 of 1 runs are what their weights say; of 2 more the weights are not here")
+    with pytest.raises(UserError, match="no finished run of such --protocol and --rows"):
+        verified(results, capsys, rows=("kd_vanilla",))

@@ -1,0 +1,109 @@
+"""Whether the numbers in results/ are what the weights beside them say.
+
+Each finished run predicts the test images anew with the weights of its last epoch, those in half precision where no
+others were published; an ensemble is the mean of what its members predict. The numbers of result.json and those found
+are printed side by side, and which of them differ by more than rounding. Nothing is written, nothing is trained.
+"""
+
+import functools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+import common
+from calibration import calibration_metrics
+from command_line import orderly_end, parse
+from rows import number, run_folders
+from run_files import UserError, files_for, read_result
+
+# What half precision may move: accuracy as far as `common.Run` publishes such weights; NLL hardly (where it was tried,
+# by 0.0002), ECE and OE more (by 0.0023), for some images then fall into another bin.
+TOLERANCE = {"accuracy": 0.0005, "ece": 0.005, "oe": 0.005, "nll": 0.001}
+TITLES = {"accuracy": "accuracy, %", "ece": "ECE", "oe": "OE", "nll": "NLL"}
+
+
+@dataclass(kw_only=True, frozen=True)
+class Config:
+    protocol: str = "*"
+    """verify the runs of this protocol only"""
+    rows: tuple[str, ...] = ()
+    """verify these rows only; without any, all"""
+    results_dir: Path = Path("results")
+    """where the run folders are"""
+    data_dir: Path = Path("data")
+    """where the images are; CIFAR-100 is downloaded there if it is not"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU if there is one"""
+
+
+def trained(cfg: Config, folder: Path) -> common.Run:
+    """A finished run, as far as the images and the device depend on it."""
+    result = read_result(folder)
+    about = {name: result[name] for name in ("protocol", "seed", "dataset")}
+    about |= {name: result["settings"].get(name) for name in ("train_size", "val_size")}
+    about |= {"image_size": result["settings"].get("image_size", 32)}
+    here = {"data_dir": cfg.data_dir, "results_dir": cfg.results_dir, "device": cfg.device}
+    return common.Run(result["row"], common.Config(**about, **here))
+
+
+@functools.cache
+def predict(cfg: Config, folder: Path) -> Tensor | None:
+    """Softmax outputs of a finished run for the test images, (N, classes) float32; None if its weights are not here.
+
+    Raises:
+        UserError: weights or images are not those of the run.
+    """
+    if not (folder / "result.json").is_file():
+        return None
+    result = read_result(folder)
+    if result["model"] is None:
+        weights = result["settings"]["weights"]
+        members = [predict(cfg, cfg.results_dir.joinpath(*Path(source).parts[-3:])) for source in result["sources"]]
+        if any(member is None for member in members):
+            return None
+        weighted = (member.double() * weight for member, weight in zip(members, weights, strict=True))
+        return (sum(weighted) / sum(weights)).float()
+    file = next(filter(Path.is_file, (folder / name for name in files_for("model.safetensors", result))), None)
+    if file is None:
+        return None
+    run = trained(cfg, folder)
+    run.check_source(str(folder), file)
+    model = run.load_model(file).to(run.device, memory_format=torch.channels_last)
+    return run.predict(model, run.data.test_images)
+
+
+def main(cfg: Config) -> int:
+    """Verify as the settings say. Returns the exit status: 1 if a number is not what the weights say."""
+    folders = [f for f in run_folders(cfg.results_dir, cfg.protocol) if not cfg.rows or f.parent.name in cfg.rows]
+    if not folders:
+        raise UserError(f"{cfg.results_dir} has no finished run of such --protocol and --rows")
+    sys.stdout.reconfigure(line_buffering=True)
+    print(f"{'in result.json → found now':45}" + "".join(f"{title:>19}" for title in TITLES.values()))
+    right, wrong, without = 0, 0, 0
+    for folder in folders:
+        name, labels = "/".join(folder.parts[-3:]), trained(cfg, folder).data.test_labels.cpu()
+        try:
+            probabilities = predict(cfg, folder)
+        except UserError as error:
+            print(f"{name}: {error}")
+            wrong += 1
+            continue
+        if probabilities is None:
+            without += 1
+            continue
+        said, found = read_result(folder)["last"], calibration_metrics(probabilities, labels).scores
+        holds = all(abs(found[metric] - said[metric]) <= TOLERANCE[metric] for metric in TITLES)
+        pairs = (f"{number(metric, said[metric])} → {number(metric, found[metric])}" for metric in TITLES)
+        print(f"{name:45}" + "".join(f"{pair:>19}" for pair in pairs) + "  differs" * (not holds))
+        right, wrong = right + holds, wrong + (not holds)
+    print(f"{right} of {right + wrong} runs are what their weights say; of {without} more the weights are not here")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    with orderly_end():
+        sys.exit(main(parse(Config, __doc__)))
