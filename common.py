@@ -121,18 +121,18 @@ def run_row(row: str, main: Callable, cfg: Config) -> dict[str, Any]:
     """Train or evaluate one row, unless it is finished. Returns what its `result.json` holds."""
     run = Run(row, cfg, main)
     run.sweep = in_sweep()
-    result = None if cfg.overwrite else data_parallel.from_first(run.load_result)
-    if result is None:
-        try:
-            result = run.complete(main)
-        except RuntimeError as error:  # cuBLAS and cuDNN say what they lack in words alone
-            if not re.search("out of memory|ALLOC(ATION)?_FAILED", str(error)):
-                raise
-            raise UserError(
-                f"{run.device} ran out of memory: try a smaller --batch-size, or fewer runs at once; the same command "
-                "goes on after the last finished epoch"
-            ) from None
-    else:
+    try:
+        finished = None if cfg.overwrite else data_parallel.from_first(run.load_result)
+        result = finished or run.complete(main)
+    except (RuntimeError, MemoryError) as error:  # cuBLAS and cuDNN say what they lack in words alone
+        words = "out of memory|can't allocate memory|ALLOC(ATION)?_FAILED"
+        if not isinstance(error, MemoryError) and not re.search(words, str(error)):
+            raise
+        raise UserError(
+            f"{run.device} ran out of memory: try a smaller --batch-size (or --image-size), or fewer runs at once; the "
+            "same command goes on after the last finished epoch"
+        ) from None
+    if finished:
         print(f"{run.path} was finished before: --overwrite starts it over")
         run.warn_of_edits(result)
         if run.sweep:
