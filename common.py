@@ -159,13 +159,16 @@ def config_type(main: Callable) -> type[Config]:
     """The settings a recipe's `main` takes.
 
     Raises:
-        UserError: it does not say so, or they lack `@dataclass`.
+        UserError: it does not say so, or they lack `@dataclass` or a default.
     """
     config, file = typing.get_type_hints(main).get("cfg"), main.__code__.co_filename
     if not (isinstance(config, type) and issubclass(config, Config)):
         raise UserError(f"{file}: main has to name its settings, as in main(cfg: common.TrainConfig, run: common.Run)")
-    if missing := typing.get_type_hints(config).keys() - {field.name for field in dataclasses.fields(config)}:
+    fields = dataclasses.fields(config)
+    if missing := typing.get_type_hints(config).keys() - {field.name for field in fields}:
         raise UserError(f"{file}: {config.__name__} needs @dataclass(kw_only=True) to have a setting {min(missing)}")
+    if bare := [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]:
+        raise UserError(f"{file}: the setting {bare[0]} of {config.__name__} needs a default")
     return config
 
 

@@ -451,6 +451,8 @@ def test_what_a_recipe_of_ones_own_lacks_is_named(lines, message, recipes, tmp_p
     monkeypatch.setattr(sys, "argv", ["own.py", "--protocol", "smoke", "--results-dir", str(tmp_path / "results")])
     with pytest.raises(SystemExit) as stop:
         common.cli(common.load_recipe("own"))
+    "from dataclasses import dataclass\n\n@dataclass(kw_only=True)\nclass Own(common.TrainConfig):\n    hot: bool\n\n"
+    "def main(cfg: Own, run): pass": "the setting hot of Own needs a default",
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
