@@ -301,7 +301,6 @@ class Run:
 
     def _train(self, task: TrainingTask, augment: Callable) -> None:
         cfg, trainer, n = self.cfg, self.trainer(task), len(self.data.train_labels)
-        model = trainer.model
         state = self._resume(trainer)
         tracker = self._tracker()
         predictions = None
@@ -311,27 +310,14 @@ class Run:
             print(f"resuming after epoch {len(state['history'])} of {cfg.epochs}")
         done, hidden = len(state["history"]), data_parallel.rank() > 0 or None
         bar = tqdm(total=cfg.epochs * n, initial=done * n, unit="img", unit_scale=True, disable=hidden)
-        with bar, tracker:
-            for epoch in range(len(state["history"]) + 1, cfg.epochs + 1):
-                predictions = self._epoch(trainer, augment, epoch, state, bar, tracker)
-        first = data_parallel.rank() == 0  # which writes
-        if predictions is None:  # killed between the last epoch and its result
-            predictions, _, _ = self._evaluate(model)
-            tracker.log(state["history"])
-        if first:
-            write_csv(self.path / "history.csv", state["history"])
-            save_weights(self.path / "model.safetensors", model.state_dict())
-        self._save_half(trainer, predictions["probabilities"])
-        if not first:
-            return
-        choices = {"best": state["best"], "last": {"epoch": cfg.epochs, **predictions}}
-        if cfg.val_size:
-            choices["selected"] = state["selected"]
-            save_weights(self.path / "selected.safetensors", state["selected"]["model"])
-        save_weights(self.path / "best.safetensors", state["best"]["model"])
-        speed = {"train_seconds": state["train_seconds"], "images_per_second": n * cfg.epochs / state["train_seconds"]}
-        speed |= {"compile": trainer.compile, "precision": trainer.precision, "processes": data_parallel.size()}
-        self._finish(choices, speed, tracker, state["origins"][:-1])
+        with tracker:
+            with bar:
+                for epoch in range(done + 1, cfg.epochs + 1):
+                    predictions = self._epoch(trainer, augment, epoch, state, bar, tracker)
+            if predictions is None:  # killed between the last epoch and its result
+                predictions, _, _ = self._evaluate(trainer.model)
+                tracker.log(state["history"])
+            self._write(trainer, state, predictions, tracker)
 
     def _epoch(
         self, trainer: Trainer, augment: Callable, epoch: int, state: dict[str, Any], bar: tqdm, tracker: Tracker
@@ -364,6 +350,25 @@ class Run:
         tracker.log(state["history"], speed, predictions["probabilities"], self.data.test_labels)
         return predictions
 
+    def _write(self, trainer: Trainer, state: dict[str, Any], predictions: dict[str, Tensor], tracker: Tracker) -> None:
+        """What a trained run leaves: history, weights and, at last, its result. `predictions` are the last epoch's."""
+        cfg, first = self.cfg, data_parallel.rank() == 0  # which writes
+        if first:
+            write_csv(self.path / "history.csv", state["history"])
+            save_weights(self.path / "model.safetensors", trainer.model.state_dict())
+        self._save_half(trainer, predictions["probabilities"])
+        if not first:
+            return
+        choices = {"best": state["best"], "last": {"epoch": cfg.epochs, **predictions}}
+        if cfg.val_size:
+            choices["selected"] = state["selected"]
+            save_weights(self.path / "selected.safetensors", state["selected"]["model"])
+        save_weights(self.path / "best.safetensors", state["best"]["model"])
+        images, seconds = len(self.data.train_labels) * cfg.epochs, state["train_seconds"]
+        speed = {"train_seconds": seconds, "images_per_second": images / seconds}
+        speed |= {"compile": trainer.compile, "precision": trainer.precision, "processes": data_parallel.size()}
+        self._finish(choices, speed, tracker, state["origins"][:-1])
+
     def _average(self, members: Sequence[Path], weights: Sequence[float]) -> None:
         mean, names = {}, ("best", "last", "selected", "val") if self.cfg.val_size else ("best", "last")
         for file, weight in zip(members, weights, strict=True):
@@ -376,7 +381,8 @@ class Run:
             choices["selected"]["val_probabilities"] = mean["val"]
         speed = {"train_seconds": 0.0, "images_per_second": None}
         if data_parallel.rank() == 0:
-            self._finish(choices, speed, self._tracker())
+            with self._tracker() as tracker:
+                self._finish(choices, speed, tracker)
 
     def _predictions(self, file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
         """A finished run's predictions of these names: what was not published its weights predict again."""

@@ -97,6 +97,20 @@ def test_a_signal_closes_wandb_as_preempted(tmp_path, monkeypatch):
     assert calls == [75]
 
 
+@pytest.mark.parametrize("row", ["student_baseline", "student_ensemble"])
+def test_so_does_one_that_comes_while_the_result_is_written(row, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(common.Tracker, "preempted", lambda self, code: calls.append(code))
+    settings = THREE_STEPS if row == "student_baseline" else {"members": ("student_baseline",), "weights": (1.0,)}
+    if row == "student_ensemble":
+        run_row("student_baseline", tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit), orderly_end():
+        patch.setattr(common, "scores_of_run", lambda arrays: os.kill(os.getpid(), signal.SIGTERM))
+        run_row(row, tmp_path, **settings)
+    assert calls == [143]
+    assert run_row(row, tmp_path, **settings)[0]["row"] == row  # and the same command goes on
+
+
 def test_a_kill_between_the_last_checkpoint_and_its_line_in_the_history_loses_no_line(tmp_path, monkeypatch, whole):
     def write(path, lines):
         die() if len(lines) == 3 else real(path, lines)
