@@ -755,11 +755,17 @@ def hardware(device: torch.device) -> str:
 
 @functools.cache  # the process goes on with the code that it began with, whatever is committed meanwhile
 def versions() -> dict[str, str | None]:
-    """What the numbers depend on: interpreter, libraries, and the commit (`+` where files differ from it). Where the
-    code is no repository, as in a copy on another machine, GIT_COMMIT may say which commit it is."""
-    git = ["git", "-C", str(ROOT), "--git-dir", ".git", "describe", "--always", "--abbrev=40", "--match=", "--dirty=+"]
+    """What the numbers depend on: interpreter, libraries, and the commit (`+` where files but results differ from it).
+    Where the code is no repository, as in a copy on another machine, GIT_COMMIT may say which commit it is."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(ROOT), "--git-dir", ".git", *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+        commit = git("rev-parse", "--verify", "HEAD")
+        if commit and git("status", "--porcelain", "--untracked-files=no", ":(exclude,glob)results/*/**"):
+            commit += "+"
     except (OSError, subprocess.TimeoutExpired):
         commit = None
     commit = commit or os.environ.get("GIT_COMMIT")

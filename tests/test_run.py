@@ -6,6 +6,7 @@ import functools
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -138,6 +139,27 @@ def test_a_copy_without_its_repository_can_be_told_its_commit(tmp_path, monkeypa
     assert versions()["commit"] == "abc"
     monkeypatch.delenv("GIT_COMMIT")
     assert versions()["commit"] is None
+
+
+def test_changed_results_do_not_count_as_changed_code(tmp_path, monkeypatch):
+    def git(*words: str) -> str:
+        about = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+        return subprocess.run(["git", "-C", tmp_path, *about, *words], capture_output=True, text=True).stdout.strip()
+
+    files = [tmp_path / name for name in ("results/short/kd_mixup/seed0/result.json", "common.py")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("1")
+    for words in (("init",), ("add", "."), ("commit", "-m", "first")):
+        git(*words)
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    head, commit = git("rev-parse", "HEAD"), lambda: common.versions.__wrapped__()["commit"]
+    assert len(head) == 40 and commit() == head
+    files[0].unlink()  # as in an image that was built without them
+    (tmp_path / "own.py").write_text("")
+    assert commit() == head
+    files[1].write_text("2")
+    assert commit() == head + "+"
 
 
 def test_the_commit_is_that_of_the_beginning_whatever_is_committed_while_a_run_trains(tmp_path, monkeypatch):
