@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from timm.task import TrainingTask
+from timm.task import LogitDistillationTask, TrainingTask
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -450,17 +450,21 @@ class Run:
 
     def _share_outputs(self, trainer: Trainer, augment: Callable, epoch: int, images: int) -> list[EpochOutputs]:
         """With --share-teachers, have the teachers of a student of standard views say what they said to others."""
-        cfg, data = self.cfg, self.data
-        if not cfg.share_teachers or not self.sources or type(augment) is not Standard or data_parallel.size() > 1:
+        cfg, data, task = self.cfg, self.data, trainer.task
+        if not cfg.share_teachers or type(augment) is not Standard or data_parallel.size() > 1:
+            return []
+        if type(task) not in (LogitDistillationTask, EnsembleDistillationTask):  # it may ask otherwise, or nobody
+            return []
+        if not isinstance(task.teacher, Teacher) or len(task.teacher.model) != len(self.sources):
             return []
         same = ("train_size", "val_size", "image_size", "seed", "batch_size")
         views = [data.fingerprint, {name: getattr(cfg, name) for name in same}, vars(augment)]
-        how = [self.device.type, trainer.precision, trainer.compile, cfg.deterministic]
+        how = [hardware(self.device), torch.__version__, trainer.precision, trainer.compile, cfg.deterministic]
         names = [json.dumps([digest, *views, *how]) for digest in self.source_digests]
         shared = cfg.results_dir / "teacher_outputs"
         folders = [shared / hashlib.sha256(name.encode()).hexdigest()[:16] for name in names]
         outputs = [EpochOutputs(folder / f"epoch{epoch:03}.npz", images, self.device) for folder in folders]
-        trainer.task.teacher.outputs = outputs
+        task.teacher.outputs = outputs
         return outputs
 
     def _evaluate(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, float], dict[str, float]]:

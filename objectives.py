@@ -26,6 +26,10 @@ class Teacher(DistillationTeacher):
         super().__init__(nn.ModuleList(fold_batch_norm(model.eval().requires_grad_(False)) for model in models))
         self.outputs: list[EpochOutputs] = []  # of each model, where this epoch's logits are shared with other students
 
+    def train(self, mode: bool = True) -> "Teacher":
+        """Stay in evaluation mode, whatever the task around it does."""
+        return super().train(False)
+
     def forward(self, input: Tensor, return_features: bool = False) -> Tensor:
         if return_features:
             raise NotImplementedError("a Teacher says logits only: timm's DistillationTeacher has features too")

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import Linear, RecordingRun
 from scipy.special import softmax
 from scipy.stats import entropy
 from timm.loss import JsdCrossEntropy
-from timm.task import LogitDistillationTask
+from timm.task import ClassificationTask, LogitDistillationTask
 from torch import nn
 
 import common
@@ -16,6 +17,20 @@ import common
 @pytest.fixture
 def batch():
     return torch.randn(8, 1, 2, 2), torch.arange(8) % 5
+
+
+def test_a_teacher_stays_as_it_is_in_whatever_task():
+    class Task(ClassificationTask):
+        def __init__(self):
+            super().__init__(Linear())
+            self.teacher = common.Teacher(timm.create_model("wrn_40_2", num_classes=5))
+
+    task = Task().train()
+    before = {name: value.clone() for name, value in task.teacher.state_dict().items()}
+    task.teacher(torch.randn(2, 3, 32, 32))
+    assert task.trainable_module.training and not any(module.training for module in task.teacher.modules())
+    assert any("running_mean" in name for name in before)
+    assert all(torch.equal(value, before[name]) for name, value in task.teacher.state_dict().items())
 
 
 def kl(teacher, student):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Killed, Linear, in_epoch, run_row
-from timm.task import ClassificationTask
+from timm.task import ClassificationTask, LogitDistillationTask
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -93,12 +93,24 @@ def test_what_a_model_draws_while_it_trains_changes_no_views():
     assert len(epochs[0]) == 96 and torch.equal(*epochs)
 
 
-def test_only_the_same_views_are_shared(tmp_path):
-    def files(augment=None, epoch=1, teachers=("digest",), precision="fp32", mode="off", **settings):
+class Own(LogitDistillationTask):
+    """A task of one's own: who knows how often it asks."""
+
+
+def test_only_the_same_views_are_shared(monkeypatch):
+    def files(
+        augment=None,
+        epoch=1,
+        teachers=("digest",),
+        precision="fp32",
+        mode="off",
+        kind=LogitDistillationTask,
+        **settings,
+    ):
         cfg = common.config_type(common.load_recipe("kd_mixup"))(protocol="smoke", share_teachers=True, **settings)
         run = common.Run("kd_mixup", cfg)
         run.sources = run.source_digests = list(teachers)
-        task = SimpleNamespace(teacher=SimpleNamespace(outputs=[]))
+        task = kind(Linear(), common.Teacher(*(Linear() for _ in teachers)))
         trainer = SimpleNamespace(task=task, precision=precision, compile=mode)
         outputs = run._share_outputs(trainer, augment or STANDARD, epoch, 80)
         assert task.teacher.outputs == outputs
@@ -117,8 +129,21 @@ def test_only_the_same_views_are_shared(tmp_path):
         dict(augment=common.Standard(degrees=0.0)),
     ]
     others = [files(**other) for other in (*seen, *by)]
+    for name, value in (("hardware", lambda device: "another"), ("torch.__version__", "2.99")):
+        monkeypatch.setattr(f"common.{name}", value)
+        others.append(files())
+        monkeypatch.undo()
     assert len({name for names in (same, *others) for name in names}) == 1 + len(others)
-    assert files(augment=common.CutOut()) == [] and files(teachers=()) == []
+    assert files(augment=common.CutOut()) == [] and files(kind=Own) == []
+
+
+def test_a_task_of_ones_own_shares_nothing_and_trains():
+    task = ClassificationTask(nn.Sequential(nn.Flatten(), nn.Linear(768, 10)))
+    cfg = common.TrainConfig(protocol="smoke", train_size=96, batch_size=32, share_teachers=True)
+    run = common.Run("student_baseline", cfg)
+    run.sources = run.source_digests = ["digest"]  # of a teacher that it uses in a way of its own
+    losses = run.train_epoch(run.trainer(task), common.Standard(), 1, tqdm(disable=True))
+    assert losses["train_loss"] > 0
 
 
 @pytest.mark.parametrize("content", [b"", b"no zip", "other size", "float64", "other name", "pickle"])
