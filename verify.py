@@ -17,7 +17,7 @@ from torch import Tensor
 import common
 from calibration import calibration_metrics
 from command_line import orderly_end, parse
-from rows import number, run_folders
+from rows import number, read_run, run_folders
 from run_files import UserError, files_for, read_result
 
 # What half precision may move: accuracy as far as `common.Run` publishes such weights; NLL hardly (where it was tried,
@@ -28,8 +28,8 @@ TITLES = {"accuracy": "accuracy, %", "ece": "ECE", "oe": "OE", "nll": "NLL"}
 
 @dataclass(kw_only=True, frozen=True)
 class Config:
-    protocol: str = "*"
-    """verify the runs of this protocol only"""
+    protocol: str | None = None
+    """verify the runs of this protocol only; without it, all"""
     rows: tuple[str, ...] = ()
     """verify these rows only; without any, all"""
     results_dir: Path = Path("results")
@@ -50,6 +50,14 @@ def trained(cfg: Config, folder: Path) -> common.Run:
     return common.Run(result["row"], common.Config(**about, **here))
 
 
+def member_of(cfg: Config, source: str, digest: str | None) -> Path | None:
+    """The folder of an ensemble's member, among these results or where it was: the one that has the averaged file."""
+    for folder in (cfg.results_dir.joinpath(*Path(source).parts[-3:]), Path(source)):
+        if (folder / "result.json").is_file() and digest in (None, *read_result(folder)["files"].values()):
+            return folder
+    return None
+
+
 @functools.cache
 def predict(cfg: Config, folder: Path) -> Tensor | None:
     """Softmax outputs of a finished run for the test images, (N, classes) float32; None if its weights are not here.
@@ -57,16 +65,16 @@ def predict(cfg: Config, folder: Path) -> Tensor | None:
     Raises:
         UserError: weights or images are not those of the run.
     """
-    if not (folder / "result.json").is_file():
-        return None
     result = read_result(folder)
     if result["model"] is None:
-        weights = result["settings"]["weights"]
-        members = [predict(cfg, cfg.results_dir.joinpath(*Path(source).parts[-3:])) for source in result["sources"]]
-        if any(member is None for member in members):
-            return None
-        weighted = (member.double() * weight for member, weight in zip(members, weights, strict=True))
-        return (sum(weighted) / sum(weights)).float()
+        weights, mean = result["settings"]["weights"], 0
+        digests = result.get("source_digests") or [None] * len(weights)  # which older results lack
+        for source, digest, weight in zip(result["sources"], digests, weights, strict=True):
+            member = member_of(cfg, source, digest)
+            if member is None or (probabilities := predict(cfg, member)) is None:
+                return None
+            mean = mean + probabilities.double() * (weight / sum(weights))
+        return mean.float()
     file = next(filter(Path.is_file, (folder / name for name in files_for("model.safetensors", result))), None)
     if file is None:
         return None
@@ -78,27 +86,29 @@ def predict(cfg: Config, folder: Path) -> Tensor | None:
 
 def main(cfg: Config) -> int:
     """Verify as the settings say. Returns the exit status: 1 if a number is not what the weights say."""
-    folders = [f for f in run_folders(cfg.results_dir, cfg.protocol) if not cfg.rows or f.parent.name in cfg.rows]
+    folders = run_folders(cfg.results_dir, "*")
+    folders = [f for f in folders if cfg.protocol in (None, f.parts[-3]) and (not cfg.rows or f.parts[-2] in cfg.rows)]
     if not folders:
         raise UserError(f"{cfg.results_dir} has no finished run of such --protocol and --rows")
     sys.stdout.reconfigure(line_buffering=True)
     print(f"{'in result.json → found now':45}" + "".join(f"{title:>19}" for title in TITLES.values()))
     right, wrong, without = 0, 0, 0
     for folder in folders:
-        name, labels = "/".join(folder.parts[-3:]), trained(cfg, folder).data.test_labels.cpu()
+        name = "/".join(folder.parts[-3:])
         try:
-            probabilities = predict(cfg, folder)
+            said = read_run(folder).result["last"]
+            if (probabilities := predict(cfg, folder)) is None:
+                without += 1
+                continue
+            found = calibration_metrics(probabilities, trained(cfg, folder).data.test_labels.cpu()).scores
         except UserError as error:
             print(f"{name}: {error}")
             wrong += 1
             continue
-        if probabilities is None:
-            without += 1
-            continue
-        said, found = read_result(folder)["last"], calibration_metrics(probabilities, labels).scores
-        holds = all(abs(found[metric] - said[metric]) <= TOLERANCE[metric] for metric in TITLES)
-        pairs = (f"{number(metric, said[metric])} → {number(metric, found[metric])}" for metric in TITLES)
-        print(f"{name:45}" + "".join(f"{pair:>19}" for pair in pairs) + "  differs" * (not holds))
+        pairs = {metric: (said[metric], found[metric]) for metric in TITLES if metric in said}  # old results lack NLL
+        holds = all(abs(a - b) <= TOLERANCE[metric] for metric, (a, b) in pairs.items())
+        cells = (f"{number(metric, a)} → {number(metric, b)}" for metric, (a, b) in pairs.items())
+        print(f"{name:45}" + "".join(f"{cell:>19}" for cell in cells) + "  differs" * (not holds))
         right, wrong = right + holds, wrong + (not holds)
     print(f"{right} of {right + wrong} runs are what their weights say; of {without} more the weights are not here")
     return int(wrong > 0)

@@ -28,9 +28,17 @@ def results(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "results")
 
 
+def edit(results, row, change) -> None:
+    file = next(results.glob(f"smoke/{row}/*/result.json"))
+    result = json.loads(file.read_text())
+    change(result)
+    file.write_text(json.dumps(result))
+
+
 def verified(results, capsys, **settings) -> tuple[int, list[str]]:
     """Exit status and lines below the header."""
     capsys.readouterr()
+    verify.predict.cache_clear()
     status = verify.main(verify.Config(results_dir=results, **settings))
     return status, capsys.readouterr().out.splitlines()[1:]
 
@@ -48,10 +56,8 @@ def test_numbers_are_those_of_the_weights_in_either_precision(results, capsys):
 
 @pytest.mark.parametrize("metric", verify.TOLERANCE)
 def test_a_number_that_is_not_what_the_weights_say_is_named(metric, results, capsys):
-    file = next(results.glob("smoke/student_ensemble/*/result.json"))
-    result = json.loads(file.read_text())
-    result["last"][metric] += 1.5 * verify.TOLERANCE[metric] + 0.001 * (metric == "nll")
-    file.write_text(json.dumps(result))
+    more = 1.5 * verify.TOLERANCE[metric]
+    edit(results, "student_ensemble", lambda result: result["last"].update({metric: result["last"][metric] + more}))
     status, lines = verified(results, capsys)
     assert status == 1 and lines[-1].startswith("3 of 4")
     assert [line.split("/")[1] for line in lines if "differs" in line] == ["student_ensemble"]
@@ -65,9 +71,40 @@ def test_other_weights_are_refused_and_the_rest_verified(results, capsys):
     assert "is damaged" in lines[0] and "differs" not in "".join(lines)
 
 
+def test_a_damaged_result_costs_no_other(results, capsys):
+    file = next(results.glob("smoke/teacher_baseline/*/result.json"))
+    file.write_text(file.read_text()[:-200])
+    status, lines = verified(results, capsys)
+    assert status == 1 and lines[-1].startswith("3 of 4") and "result.json is damaged" in "".join(lines)
+
+
+def test_members_are_those_that_were_averaged(trained, results, capsys):
+    """Among these results or where they were, and never others of the same name."""
+
+    def found() -> bool:
+        lines = verified(results, capsys, rows=("student_ensemble",))[1]
+        assert lines[-1].startswith(("1 of 1", "0 of 0"))
+        return lines[-1].startswith("1 of 1")
+
+    def elsewhere(result) -> None:
+        result["sources"] = [source.replace(str(trained), "elsewhere") for source in result["sources"]]
+
+    members = results / "smoke" / "student_baseline"
+    shutil.rmtree(members)
+    assert found()  # where they were
+    edit(results, "student_ensemble", elsewhere)
+    assert not found()
+    shutil.copytree(trained / "smoke" / "student_baseline", members)
+    assert found()
+    edit(results, "student_baseline", lambda result: result.update(files={"model.safetensors": "0" * 64}))
+    assert not found()  # it was trained again, to other bits
+
+
 def test_what_is_not_here_is_counted(results, capsys):
     next(results.glob("smoke/student_baseline/seed1*/*.safetensors")).unlink()
     status, lines = verified(results, capsys, rows=("student_baseline", "student_ensemble"))
     assert (status, lines[-1]) == (0, "1 of 1 runs are what their weights say; of 2 more the weights are not here")
     with pytest.raises(UserError, match="no finished run of such --protocol and --rows"):
         verified(results, capsys, rows=("kd_vanilla",))
+    with pytest.raises(UserError, match="no finished run of such --protocol and --rows"):
+        verified(results, capsys, protocol="")
