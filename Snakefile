@@ -36,6 +36,8 @@ def flag(name, value):
 FLAGS = [word for name, value in config.items() if name not in OWN for word in flag(name, value)]
 if not str(config.get("seeds", 3)).isdecimal() or "seed" in config:
     raise WorkflowError("--config: it is seeds=3, a number, for seeds 0, 1 and 2; a single seed is run by its recipe, with --seed")
+if not str(config.get("jobs_per_gpu", 1)).isdecimal() or int(config.get("jobs_per_gpu", 1)) < 1:
+    raise WorkflowError("--config: it is jobs_per_gpu=2, a number from 1, for two runs on each GPU")
 SEEDS = range(int(config.get("seeds", 3)))
 ONE_GPU = [sys.executable, str(common.ROOT / "one_gpu.py"), str(config.get("jobs_per_gpu", 1))]
 WEIGHTS, PROBABILITIES = "model.safetensors", "probabilities.npz"
@@ -111,7 +113,7 @@ rule table:
     params:
         command=shlex.join([sys.executable, f"{common.ROOT}/report.py", *REPORT_FLAGS]),
     shell:
-        "{params.command} > {log} 2>&1"
+        "{params.command} > {log:q} 2>&1"
 
 
 for (row, flags), (run, path) in JOBS.items():
@@ -130,7 +132,7 @@ for (row, flags), (run, path) in JOBS.items():
         params:
             command=shlex.join([*ONE_GPU, sys.executable, recipe(row), *FLAGS, *shlex.split(flags)]),
         shell:
-            "exec {params.command} --seed {wildcards.seed} > {log} 2>&1"
+            "exec {params.command} --seed {wildcards.seed} > {log:q} 2>&1"
 
 
 onerror:

@@ -13,13 +13,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 
 
 def visible_gpus() -> list[str]:
     """Names of the GPUs this process may use, as CUDA_VISIBLE_DEVICES has them; all there are where it is not set."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
+        names = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+        return list(takewhile(lambda name: name not in ("", "-1"), names))  # CUDA sees none after these either
     if not shutil.which("nvidia-smi"):
         return []
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)

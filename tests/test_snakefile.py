@@ -30,7 +30,7 @@ def snakemake(tmp_path, monkeypatch, capfd):
     def run(*args: str, config: str = "seeds=2") -> str:
         capfd.readouterr()
         with pytest.raises(SystemExit):
-            cli.main([*start, *args, "--config", "protocol=smoke", "wandb_mode=disabled", *config.split()])
+            cli.main([*start, *args, "--config", "protocol=smoke", "wandb_mode=disabled", *shlex.split(config)])
         return "".join(capfd.readouterr())
 
     return run
@@ -89,9 +89,14 @@ def test_variants_and_settings(snakemake):
     assert jobs == dict.fromkeys(["table", *ROWS, *variants], 1)
     commands = snakemake("-n", "-p", config="seeds=1 variants=true val_size=100")
     assert len(re.findall("recipes/.*--val-size 100.* --seed 0", commands)) == 20
+    commands = snakemake("-n", "-p", config="seeds=1 results_dir='my results'")
+    assert len(re.findall("--results-dir 'my results' .*> 'my results/smoke/.*/run.log' 2>&1", commands)) == 16
+    assert "> 'my results/smoke/report.log' 2>&1" in commands
     assert "--config: --val-size must be 1 or more, not 0" in snakemake("-n", config="val_size=0")
     for config in ("seed=1", "seeds=two"):
         assert "--config: it is seeds=3, a number, for seeds 0, 1 and 2" in snakemake("-n", config=config)
+    for config in ("jobs_per_gpu=0", "jobs_per_gpu=two"):
+        assert "--config: it is jobs_per_gpu=2, a number from 1" in snakemake("-n", config=config)
     assert "--config: " in (output := snakemake("-n", config="lr=1")) and "--lr" in output
 
 
@@ -204,8 +209,13 @@ def test_each_run_sees_one_gpu_and_a_killed_one_gives_it_back(tmp_path):
     holding[1].kill()
 
 
+@pytest.mark.parametrize(("names", "gpus"), [("", []), ("-1", []), ("2,-1,3", ["2"]), ("GPU-5a,0", ["GPU-5a", "0"])])
+def test_gpus_are_those_that_cuda_sees(names, gpus, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", names)
+    assert one_gpu.visible_gpus() == gpus
+
+
 def test_without_a_gpu_the_command_simply_runs(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert one_gpu.visible_gpus() == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     words = [sys.executable, ROOT / "one_gpu.py", "1", "echo", "ran"]
     assert subprocess.run(words, capture_output=True, text=True).stdout == "ran\n"
