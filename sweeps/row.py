@@ -7,19 +7,16 @@ import argparse
 import sys
 
 import common
-from command_line import EXIT_CODES
-from run_files import UserError
+from command_line import EXIT_CODES, orderly_end
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--row", required=True)
+    parser.add_argument("--row", default="given by --row")
     chosen, sys.argv[1:] = parser.parse_known_args()
     try:
-        recipe = common.load_recipe(chosen.row)
-    except UserError as error:
-        sys.exit(f"error: {error} (--row)")
-    try:
+        with orderly_end():
+            recipe = common.load_recipe(chosen.row)
         common.cli(recipe)
     except SystemExit as stop:
         # A run that is ended early, as by Hyperband, has not failed; an agent that counts too many failures stops.

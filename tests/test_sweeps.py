@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,15 @@ def test_an_agents_words_are_understood():
     assert read("student_baseline", {"milestones": [1, 2], "val_size": None}).milestones == (1, 2)
     with pytest.raises(UserError, match="--milestones"):
         read("student_baseline", {"milestones": ["x"]})
+
+
+@pytest.mark.parametrize(("words", "message"), [(["--row", "kd_nope"], "no recipe kd_nope"), ([], "given by --row")])
+def test_a_sweeps_program_names_a_wrong_row(words, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["row.py", *words])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "sweeps" / "row.py"), run_name="__main__")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
 
 @pytest.mark.slow
