@@ -1,7 +1,7 @@
 """The two models of the table as timm models: `timm.create_model("wrn_40_2")`, `timm.create_model("shufflenet_v1")`.
 
 Parameter names are those of the public CIFAR distillation checkpoints (CRD, DKD and the original of this kit), so
-`timm.models.load_checkpoint` reads such files as they are; so does `run_files.load_weights`, with more suspicion.
+`timm.models.load_checkpoint` reads such files as they are.
 """
 
 import torch

@@ -112,26 +112,15 @@ def sha256(path: Path) -> str:
 
 
 def load_weights(path: Path) -> "dict[str, Tensor]":
-    """A model's weights from safetensors, or from a checkpoint of torch's (`.pt`, `.pth`) in which they lie bare or
-    under `model` or `state_dict`. Nothing in the file is ever run.
+    """A model's weights, from safetensors.
 
     Raises:
-        UserError: the file is damaged, holds more than weights, or weights that are not finite.
+        UserError: the file is damaged, or its weights are not finite.
     """
     import safetensors.torch
-    import torch
 
     with reading(path):
-        if path.suffix == ".safetensors":
-            weights = safetensors.torch.load_file(path)
-        else:
-            if zipfile.is_zipfile(path) and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
-                raise ValueError("it is compressed, as torch's own files never are")
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-            weights = next((weights[key] for key in ("model", "state_dict") if key in weights), weights)
-        named = isinstance(weights, dict) and all(isinstance(tensor, torch.Tensor) for tensor in weights.values())
-        if not named or not weights:
-            raise ValueError("it holds no state dict")
+        weights = safetensors.torch.load_file(path)
         if not all(tensor.isfinite().all() for tensor in weights.values()):
             raise ValueError("it has weights that are not finite")
     return weights
