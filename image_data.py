@@ -92,7 +92,7 @@ class Dataset:
         images, labels = self.train_images, self.train_labels
         try:
             train, val = train_test_split(
-                np.arange(len(labels)), test_size=size, stratify=labels.cpu().numpy(), random_state=seed
+                np.arange(len(labels)), test_size=size, stratify=labels.cpu().numpy(), random_state=seed % 2**32
             )
             if len(labels[train].unique()) < len(self.classes):
                 raise ValueError

@@ -451,6 +451,8 @@ def main(cfg: common.TrainConfig, run: common.Run) -> None:
 WRONG_RECIPES = {
     "def main(cfg, run): pass": "main has to name its settings, as in main(cfg: common.TrainConfig",
     "class Own(common.TrainConfig):\n    hot: bool = True\n\ndef main(cfg: Own, run): pass": "Own needs @dataclass",
+    "from dataclasses import dataclass\n\n@dataclass(kw_only=True)\nclass Own(common.TrainConfig):\n    hot: bool\n\n"
+    "def main(cfg: Own, run): pass": "the setting hot of Own needs a default",
     TRAINS.replace("TrainConfig", "Config"): "own cannot train: its settings have to extend common.TrainConfig",
     "def main(cfg: common.TrainConfig, run): pass": "own.py: main ended without a result: it has to call run.fit",
     TRAINS.replace("shufflenet_v1", "shuflenet_v1"): "timm knows no model shuflenet_v1: shufflenet_v1",
@@ -473,8 +475,6 @@ def test_what_a_recipe_of_ones_own_lacks_is_named(lines, message, recipes, tmp_p
     monkeypatch.setattr(sys, "argv", ["own.py", "--protocol", "smoke", "--results-dir", str(tmp_path / "results")])
     with pytest.raises(SystemExit) as stop:
         common.cli(common.load_recipe("own"))
-    "from dataclasses import dataclass\n\n@dataclass(kw_only=True)\nclass Own(common.TrainConfig):\n    hot: bool\n\n"
-    "def main(cfg: Own, run): pass": "the setting hot of Own needs a default",
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
 

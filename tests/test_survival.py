@@ -354,6 +354,8 @@ def test_a_model_that_is_not_finite_is_never_saved(weight, message, tmp_path, mo
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),  # since cuDNN 9
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        MemoryError("Unable to allocate 30.0 TiB for an array"),
     ],
     ids=str,
 )
@@ -368,8 +370,6 @@ def test_out_of_memory_names_the_flag(error, tmp_path, monkeypatch):
 
 def test_another_fault_of_the_device_is_not_taken_for_it(tmp_path, monkeypatch):
     def step(*args):
-        RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
-        MemoryError("Unable to allocate 30.0 TiB for an array"),
         raise RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`")
 
     monkeypatch.setattr(common.Trainer, "step", step)

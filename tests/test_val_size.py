@@ -43,6 +43,10 @@ def test_split_is_the_same_for_a_seed_and_another_for_another(dataset):
     assert len({first.fingerprint, dataset.hold_out(60, seed=1).fingerprint, dataset.fingerprint}) == 3
 
 
+def test_any_seed_splits(dataset):
+    assert len(dataset.hold_out(60, seed=2**40).val_labels) == 60
+
+
 @pytest.mark.parametrize("size", [2, 598, 600, 10_000])
 def test_split_that_leaves_a_class_empty_is_refused(dataset, size):
     with pytest.raises(UserError, match=f"--val-size {size} "):
