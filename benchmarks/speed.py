@@ -37,7 +37,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 from torchvision import transforms
 
 import common
@@ -343,7 +343,11 @@ class CountWork(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if formula := flop_registry.get(function.overloadpacket):
-            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+            if function.overloadpacket is torch.ops.aten.convolution_backward:  # torch's formula forgets groups
+                gradient, images, weight, *_, wanted = args
+                self.flops += sum(wanted[:2]) * conv_flop_count(images.shape, weight.shape, gradient.shape)
+            else:
+                self.flops += formula(*args, **(kwargs or {}), out_val=result)
             tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
             self.bytes += sum(tensor.nbytes for tensor in tensors)
         return result

@@ -293,6 +293,14 @@ def test_work_is_that_of_matrix_products_and_convolutions():
     assert work.flops == 2 * 8 * 30 * 20 and work.bytes == 4 * (8 * 30 + 30 * 20 + 20 + 8 * 20)
 
 
+@pytest.mark.parametrize("groups", [1, 3, 12])
+def test_a_convolutions_work_is_three_times_its_forward_pass_with_groups_too(groups):
+    layer, images = nn.Conv2d(12, 24, 3, padding=1, groups=groups), torch.randn(8, 12, 5, 7, requires_grad=True)
+    with speed.CountWork() as work:
+        layer(images).sum().backward()
+    assert work.flops == 3 * 2 * 8 * (5 * 7) * 24 * (12 // groups) * 9
+
+
 def test_time_on_a_gpu_is_that_of_its_kernels_and_counted_once(monkeypatch):
     def event(name: str, device: DeviceType, microseconds: int, **more) -> FunctionEvent:
         return FunctionEvent(0, name, 0, 0, microseconds, stack=[], use_device="cuda", device_type=device, **more)
