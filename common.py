@@ -763,7 +763,7 @@ def versions() -> dict[str, str | None]:
     Where the code is no repository, as in a copy on another machine, GIT_COMMIT may say which commit it is."""
 
     def git(*words: str) -> str:
-        command = ["git", "-C", str(ROOT), "--git-dir", ".git", *words]
+        command = ["git", "--no-optional-locks", "-C", str(ROOT), "--git-dir", ".git", *words]
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
 
     try:
