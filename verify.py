@@ -91,26 +91,34 @@ def main(cfg: Config) -> int:
     if not folders:
         raise UserError(f"{cfg.results_dir} has no finished run of such --protocol and --rows")
     sys.stdout.reconfigure(line_buffering=True)
-    print(f"{'in result.json → found now':45}" + "".join(f"{title:>19}" for title in TITLES.values()))
-    right, wrong, without = 0, 0, 0
+    wrong, finished = 0, {}
     for folder in folders:
-        name = "/".join(folder.parts[-3:])
         try:
-            said = read_run(folder).result["last"]
-            if (probabilities := predict(cfg, folder)) is None:
-                without += 1
-                continue
-            found = calibration_metrics(probabilities, trained(cfg, folder).data.test_labels.cpu()).scores
+            finished[folder] = read_run(folder).result["last"]
         except UserError as error:
-            print(f"{name}: {error}")
+            print(error)
+            wrong += 1
+    print(f"{'in result.json → found now':45}" + "".join(f"{title:>19}" for title in TITLES.values()))
+    right, without = 0, 0
+    for folder, said in finished.items():
+        labels = trained(cfg, folder).data.test_labels.cpu()  # without the images there is nothing to go on with
+        try:
+            probabilities = predict(cfg, folder)
+        except UserError as error:
+            print(error)
             wrong += 1
             continue
+        if probabilities is None:
+            without += 1
+            continue
+        found = calibration_metrics(probabilities, labels).scores
         pairs = {metric: (said[metric], found[metric]) for metric in TITLES if metric in said}  # old results lack NLL
         holds = all(abs(a - b) <= TOLERANCE[metric] for metric, (a, b) in pairs.items())
         cells = (f"{number(metric, a)} → {number(metric, b)}" for metric, (a, b) in pairs.items())
-        print(f"{name:45}" + "".join(f"{cell:>19}" for cell in cells) + "  differs" * (not holds))
+        print(f"{'/'.join(folder.parts[-3:]):45}" + "".join(f"{c:>19}" for c in cells) + "  differs" * (not holds))
         right, wrong = right + holds, wrong + (not holds)
-    print(f"{right} of {right + wrong} runs are what their weights say; of {without} more the weights are not here")
+    more = f"; of {without} more the weights are not here" if without else ""
+    print(f"{right} of {right + wrong} runs are what their weights say{more}")
     return int(wrong > 0)
 
 

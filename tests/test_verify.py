@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import run_row
@@ -36,11 +37,11 @@ def edit(results, row, change) -> None:
 
 
 def verified(results, capsys, **settings) -> tuple[int, list[str]]:
-    """Exit status and lines below the header."""
+    """Exit status and lines but for the header."""
     capsys.readouterr()
     verify.predict.cache_clear()
     status = verify.main(verify.Config(results_dir=results, **settings))
-    return status, capsys.readouterr().out.splitlines()[1:]
+    return status, [line for line in capsys.readouterr().out.splitlines() if "accuracy, %" not in line]
 
 
 def test_numbers_are_those_of_the_weights_in_either_precision(results, capsys):
@@ -76,6 +77,17 @@ def test_a_damaged_result_costs_no_other(results, capsys):
     file.write_text(file.read_text()[:-200])
     status, lines = verified(results, capsys)
     assert status == 1 and lines[-1].startswith("3 of 4") and "result.json is damaged" in "".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"device": "cuda"}, "--device cuda: torch sees no GPU"), ({"data_dir": Path("a_file/no")}, "--data-dir")],
+)
+def test_what_is_wrong_with_the_command_is_said_once(settings, message, results, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("a_file").write_text("")
+    with pytest.raises(UserError, match=message):
+        verify.main(verify.Config(results_dir=results, **settings))
 
 
 def test_members_are_those_that_were_averaged(trained, results, capsys):
