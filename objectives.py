@@ -72,6 +72,11 @@ class EnsembleDistillationTask(LogitDistillationTask):
     - `softmax_sum`: the same with their sum for a target, which is no distribution, as the original script has it
 
     The published report names the first three; each reduces to `LogitDistillationTask` for one teacher.
+
+    They are one objective under two weights: the gradient of KL_k in z is (softmax(z / T) - softmax(z_k / T)) / T
+    (Hinton et al., 2015, eq. 2), linear in the teacher's softmax. So, but for a constant and for rounding,
+    `softmax_mean` is `mean`, and `add` and `softmax_sum` are `mean` with a weight as many times larger as there are
+    teachers.
     """
 
     def __init__(self, student_model: nn.Module, teacher_model: Teacher, reduction: Reduction, **kwargs):

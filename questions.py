@@ -56,6 +56,10 @@ QUESTIONS = (
         (*TAUGHT_BY, *OF_SEVERAL), "student_baseline", (ACCURACY, ECE_THAN_SCALED, ECE_SCALED),
     ),
     Question("Are four calibrated teachers better than the plain one?", OF_SEVERAL, "kd_vanilla", (ACCURACY, ECE)),
+    Question(
+        "Averaged softmaxes and averaged losses have the same gradient: what does rounding alone make of it?",
+        ("kd_ensemble_avg_softmax",), "kd_ensemble_avg_loss", (ACCURACY, ECE, ECE_SCALED),
+    ),
     Question("Is the mean of five teachers better?", ("teacher_ensemble",), "teacher_baseline", (ACCURACY, ECE)),
     Question("Is the mean of five students better?", ("student_ensemble",), "kd_vanilla", (ACCURACY, ECE)),
 )  # fmt: skip

@@ -74,6 +74,29 @@ def test_ensemble_distillation(batch, reduction, temperature):
     assert task(x, labels)["loss"].item() == pytest.approx(want, rel=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 50.0])
+def test_the_four_ensembles_are_one_objective_under_two_weights(batch, temperature):
+    x, labels = batch[0].double(), batch[1]
+    student, teachers = Linear().double(), common.Teacher(*(Linear().double() for _ in range(4)))
+
+    def gradient(reduction: str, weight: float) -> torch.Tensor:
+        task = common.EnsembleDistillationTask(
+            student,
+            teachers,
+            reduction,
+            criterion=nn.CrossEntropyLoss(),
+            distill_loss_weight=weight,
+            task_loss_weight=0.2,
+            temperature=temperature,
+        )
+        return torch.cat([g.flatten() for g in torch.autograd.grad(task(x, labels)["loss"], student.parameters())])
+
+    mean, stronger = gradient("mean", 0.8), gradient("mean", 3.2)
+    assert (mean - stronger).norm() > 0.1 * mean.norm()
+    for reduction, same in {"softmax_mean": mean, "add": stronger, "softmax_sum": stronger}.items():
+        torch.testing.assert_close(gradient(reduction, 0.8), same, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("reduction", ["add", "mean", "softmax_mean", "softmax_sum"])
 def test_one_teacher_is_timms_task(batch, reduction):
     x, labels = batch
