@@ -73,10 +73,14 @@ class EnsembleDistillationTask(LogitDistillationTask):
 
     The published report names the first three; each reduces to `LogitDistillationTask` for one teacher.
 
-    They are one objective under two weights: the gradient of KL_k in z is (softmax(z / T) - softmax(z_k / T)) / T
-    (Hinton et al., 2015, eq. 2), linear in the teacher's softmax. So, but for a constant and for rounding,
-    `softmax_mean` is `mean`, and `add` and `softmax_sum` are `mean` with a weight as many times larger as there are
-    teachers.
+    They are one objective under two weights: an image's gradient of KL_k in z is (softmax(z / T) - softmax(z_k / T)) /
+    T (Hinton et al., 2015, eq. 2), affine in the teacher's softmax. So, but for rounding, `softmax_mean` trains as
+    `mean` does, and `add` and `softmax_sum` as `mean` with a weight as many times larger as there are teachers. Their
+    losses differ by constants as well: T^2 times the Jensen-Shannon divergence of the teachers between the two means,
+    T^2 n log(n) for n added softmaxes.
+
+    Where T is large beside the logits, as 50 is, T^2 KL_k is |z - z_k|^2 / 2K of centred logits (ibid., eq. 4): the
+    student is drawn to the logits of its teacher, or to the mean of theirs, and takes over how large they are.
     """
 
     def __init__(self, student_model: nn.Module, teacher_model: Teacher, reduction: Reduction, **kwargs):

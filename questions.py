@@ -6,6 +6,7 @@ are taken seed by seed. All are of the last epoch, which nobody chose.
 
 import math
 from collections.abc import Iterator, Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 from rows import Row, Statistic, as_published, markdown_table, number, plus_minus
@@ -26,6 +27,8 @@ class Question(NamedTuple):
     than: str
     """the row that each of `rows` is compared with"""
     comparisons: tuple[Comparison, ...]
+    remark: str = ""
+    """on the answer, below it"""
 
 
 ACCURACY = Comparison("accuracy, points", "accuracy")
@@ -59,6 +62,7 @@ QUESTIONS = (
     Question(
         "Averaged softmaxes and averaged losses have the same gradient: what does rounding alone make of it?",
         ("kd_ensemble_avg_softmax",), "kd_ensemble_avg_loss", (ACCURACY, ECE, ECE_SCALED),
+        "The two rows are one training: where one of them is bold above and the other is not, that is chance.",
     ),
     Question("Is the mean of five teachers better?", ("teacher_ensemble",), "teacher_baseline", (ACCURACY, ECE)),
     Question("Is the mean of five students better?", ("student_ensemble",), "kd_vanilla", (ACCURACY, ECE)),
@@ -72,8 +76,10 @@ so bold speaks of these: on others a small difference may come out differently. 
 in the 15 bins of Guo et al. (2017), for in 100 chance hides what little it leaves. Lower ECE is better."""
 
 
-def _by_seed(row: Row, metric: str, scaled: bool) -> dict[int, float]:
+def _by_seed(row: Row, metric: str, scaled: bool = False) -> dict[int, float]:
     last = {run.result["seed"]: run.result["last"] for run in row.runs}
+    if metric == "temperature":
+        return {seed: fmean(scores["temperatures"]) for seed, scores in last.items() if "temperatures" in scores}
     last = {seed: scores.get("scaled", {}) if scaled else scores for seed, scores in last.items()}
     return {seed: scores[metric] for seed, scores in last.items() if metric in scores}
 
@@ -103,23 +109,23 @@ def published(row: Row, than: Row, comparison: Comparison) -> float | None:
     return numbers[0] - numbers[1]
 
 
-def rank_correlation(rows: dict[str, Row]) -> tuple[Statistic | None, float | None]:
-    """Spearman's, of the ECE of the five teachers and that of their students: ours over the seeds that have one, and
+def rank_correlation(rows: dict[str, Row], metric: str) -> tuple[Statistic | None, float | None]:
+    """Spearman's, of a metric of the five teachers and that of their students: ours over the seeds that have one, and
     the published one."""
     from scipy.stats import spearmanr
 
-    def spearman(ece: dict[str, float | None]) -> float | None:
+    def spearman(values: dict[str, float | None]) -> float | None:
         """None where one of the ten is missing, or five are equal, which have no order."""
-        teachers, students = ([ece[row] for row in names] for names in (TAUGHT_BY.values(), TAUGHT_BY))
+        teachers, students = ([values[row] for row in names] for names in (TAUGHT_BY.values(), TAUGHT_BY))
         if None in teachers + students or 1 in (len(set(teachers)), len(set(students))):
             return None
         return spearmanr(teachers, students).statistic
 
-    by_row = {name: _by_seed(row, "ece", scaled=False) for name, row in rows.items()}
+    by_row = {name: _by_seed(row, metric) for name, row in rows.items()}
     seeds = set().union(*by_row.values())
     found = [spearman({name: values.get(seed) for name, values in by_row.items()}) for seed in seeds]
     found = [correlation for correlation in found if correlation is not None]
-    theirs = spearman({name: row.published.get("ece") if row.comparable else None for name, row in rows.items()})
+    theirs = spearman({name: row.published.get(metric) if row.comparable else None for name, row in rows.items()})
     return Statistic.of(found) if found else None, theirs
 
 
@@ -155,6 +161,8 @@ def _answer(question: Question, rows: dict[str, Row]) -> Iterator[str]:
     yield markdown_table(header, lines)
     if unseen:
         yield f"Published, but not clear at our last epoch: {'; '.join(unseen)}."
+    if question.remark:
+        yield question.remark
     if question.text == PASSING:
         yield from _side_by_side(rows)
 
@@ -174,12 +182,17 @@ def _side_by_side(rows: dict[str, Row]) -> Iterator[str]:
         yield "The temperature that would calibrate each, above 1 where it is too confident:"
         numbers = ["accuracy, %", "temperature"]
         yield markdown_table(["teacher", *numbers, "its student", *numbers], lines)
-    correlation, theirs = rank_correlation(rows)
-    if correlation:
-        mean, sd = correlation
-        found = f"{mean:.2f}" + (f" ± {sd:.2f}" if sd is not None else "")
-        found += f" (published: {theirs:.2f})" if theirs is not None else ""
+    found = {"temperature": "temperature", "ece": "ECE, which does not tell too much confidence from too little"}
+    found = {title: rank_correlation(rows, metric) for metric, title in found.items()}
+    texts = [
+        f"of their {title}: {ours.mean:.2f}"
+        + (f" ± {ours.sd:.2f}" if ours.sd is not None else "")
+        + (f" (published: {theirs:.2f})" if theirs is not None else "")
+        for title, (ours, theirs) in found.items()
+        if ours
+    ]
+    if texts:
         yield (
-            "Spearman's rank correlation of the ECE of the five teachers and that of their students, where 1 is the "
-            f"same order: {found}."
+            "Spearman's rank correlation of the five teachers and their students, where 1 is the same order, "
+            f"{'; '.join(texts)}."
         )

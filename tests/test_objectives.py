@@ -97,6 +97,31 @@ def test_the_four_ensembles_are_one_objective_under_two_weights(batch, temperatu
         torch.testing.assert_close(gradient(reduction, 0.8), same, rtol=1e-9, atol=1e-12)
 
 
+class Logits(nn.Module):
+    """A model whose logits are its parameters."""
+
+    pretrained_cfg = Linear().pretrained_cfg
+
+    def __init__(self, logits: torch.Tensor):
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.logits
+
+
+@pytest.mark.parametrize("reduction", ["mean", "softmax_mean"])
+def test_at_50_degrees_the_student_is_drawn_to_the_mean_of_the_centred_logits(reduction):
+    student, *teachers = (Logits(3 * torch.randn(8, 100, dtype=torch.float64)) for _ in range(5))
+    weights = dict(distill_loss_weight=1.0, task_loss_weight=0.0, temperature=50.0)
+    teacher = common.Teacher(*teachers)
+    task = common.EnsembleDistillationTask(student, teacher, reduction, criterion=nn.CrossEntropyLoss(), **weights)
+    task(torch.zeros(8), torch.arange(8))["loss"].backward()
+    towards = student.logits.detach() - torch.stack([model.logits.detach() for model in teachers]).mean(0)
+    expected = (towards - towards.mean(1, keepdim=True)) / 100 / 8  # of a batch mean
+    assert (student.logits.grad - expected).norm() < 0.1 * expected.norm()
+
+
 @pytest.mark.parametrize("reduction", ["add", "mean", "softmax_mean", "softmax_sum"])
 def test_one_teacher_is_timms_task(batch, reduction):
     x, labels = batch

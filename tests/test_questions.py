@@ -135,12 +135,13 @@ def test_rank_correlation_is_one_minus_the_squared_differences_of_ranks():
     of_rows = {row: runs(ece=list(values)) for row, values in zip(TAUGHT_BY, students, strict=True)}
     of_rows |= {row: runs(ece=list(values)) for row, values in zip(TAUGHT_BY.values(), teachers, strict=True)}
     rows = {row.row: row for row in table(**of_rows) if not row.changes}
-    ours, theirs = questions.rank_correlation(rows)
+    ours, theirs = questions.rank_correlation(rows, "ece")
     expected = [spearman(*pair) for pair in zip(teachers.T, students.T, strict=True)]
     assert ours.mean == pytest.approx(np.mean(expected)) and ours.sd == pytest.approx(np.std(expected, ddof=1))
     published = [[rows[name].published["ece"] for name in names] for names in (TAUGHT_BY.values(), TAUGHT_BY)]
     assert theirs == pytest.approx(spearman(*published)) == pytest.approx(0.9)
-    assert f"same order: {ours.mean:.2f} ± {ours.sd:.2f} (published: 0.90)." in questions.markdown(rows.values())
+    text = questions.markdown(rows.values())
+    assert f"too little: {ours.mean:.2f} ± {ours.sd:.2f} (published: 0.90)." in text
 
 
 def test_a_seed_whose_teachers_or_students_are_all_equal_has_no_rank_correlation():
@@ -150,8 +151,28 @@ def test_a_seed_whose_teachers_or_students_are_all_equal_has_no_rank_correlation
     students = {name: runs(ece=[ece, ece, 0.1, ece]) for name, ece in zip(TAUGHT_BY, eces, strict=True)}
     teachers["teacher_mixup"].pop()
     rows = {row.row: row for row in table(**teachers, **students) if not row.changes}
-    assert questions.rank_correlation(rows)[0] == (pytest.approx(1), None)
-    assert "same order: 1.00 (published: 0.90)." in questions.markdown(rows.values())
+    assert questions.rank_correlation(rows, "ece")[0] == (pytest.approx(1), None)
+    assert "too little: 1.00 (published: 0.90)." in questions.markdown(rows.values())
     for row in rows.values():
         row.runs = row.runs[1:]
-    assert questions.rank_correlation(rows)[0] is None and "rank correlation" not in questions.markdown(rows.values())
+    assert questions.rank_correlation(rows, "ece")[0] is None
+    assert "rank correlation" not in questions.markdown(rows.values())
+
+
+def test_rank_correlation_of_temperatures_knows_too_much_confidence_from_too_little():
+    """ECE sees teachers and students in the same order; what they need is the opposite."""
+    eces, needed = [0.1, 0.2, 0.3, 0.4, 0.5], [1.1, 1.2, 1.3, 1.4, 1.5]
+    of_rows = {}
+    for i, (student, teacher) in enumerate(TAUGHT_BY.items()):
+        of_rows[teacher] = runs(ece=[eces[i]], temperatures=[[needed[i], needed[i]]])
+        of_rows[student] = runs(ece=[eces[i]], temperatures=[[1 / needed[i], 1 / needed[i]]], accuracy=[0.5])
+    rows = {row.row: row for row in table(**of_rows) if not row.changes}
+    assert questions.rank_correlation(rows, "temperature") == ((pytest.approx(-1), None), None)
+    assert "of their temperature: -1.00; of their ECE" in " ".join(questions.markdown(rows.values()).split())
+
+
+def test_of_two_rows_that_are_one_training_the_table_says_so():
+    rows = table(kd_ensemble_avg_loss=runs(accuracy=[0.5]), kd_ensemble_avg_softmax=runs(accuracy=[0.51]))
+    text = questions.markdown(rows)
+    assert text.index("| +1.00 |") < text.index("The two rows are one training")
+    assert "one training" not in questions.markdown(table(kd_ensemble_avg_loss=runs(accuracy=[0.5])))
