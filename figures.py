@@ -19,7 +19,7 @@ from PIL import Image
 
 from consistency import consistency_bars
 from questions import TAUGHT_BY
-from rows import Row, plus_minus
+from rows import Row, fitted_temperature, plus_minus
 from run_files import atomic_write
 
 BLUE, PALE_BLUE, RED, GREY = "#2c5784", "#9dbbd8", "#b3293f", "0.72"
@@ -187,9 +187,7 @@ def taught(rows: Sequence[Row]) -> list[Row]:
 def temperatures(rows: Sequence[Row]) -> Figure:
     """The temperature that each student needs over that which its teacher does, a mark for each seed: on the diagonal
     where calibration is passed on, on the level of the untaught student where it is not."""
-    fitted = {
-        row.row: {run.result["seed"]: np.mean(run.result["last"]["temperatures"]) for run in row.runs} for row in rows
-    }
+    fitted = {row.row: {run.result["seed"]: fitted_temperature(run.result["last"]) for run in row.runs} for row in rows}
     figure = Figure(figsize=(4.0, 4.6), layout="constrained")
     axes = figure.subplots()
     axes.axline((1, 1), slope=1, color="0.6", linewidth=0.8, linestyle=":", label="the same temperature")

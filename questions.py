@@ -6,10 +6,9 @@ are taken seed by seed. All are of the last epoch, which nobody chose.
 
 import math
 from collections.abc import Iterator, Sequence
-from statistics import fmean
 from typing import NamedTuple
 
-from rows import Row, Statistic, as_published, markdown_table, number, plus_minus
+from rows import Row, Statistic, as_published, fitted_temperature, markdown_table, number, plus_minus
 
 
 class Comparison(NamedTuple):
@@ -44,6 +43,7 @@ TAUGHT_BY = {
     "kd_augmix": "teacher_augmix",
 }
 CALIBRATED = tuple(TAUGHT_BY)[1:]
+ORDERS = {"temperature": "temperature", "ece": "ECE, which does not tell too much confidence from too little"}
 PASSING = "Does its calibration pass to a student that never sees the augmentation?"
 OF_SEVERAL = ("kd_ensemble_add_loss", "kd_ensemble_avg_loss", "kd_ensemble_avg_softmax")
 QUESTIONS = (
@@ -79,7 +79,7 @@ in the 15 bins of Guo et al. (2017), for in 100 chance hides what little it leav
 def _by_seed(row: Row, metric: str, scaled: bool = False) -> dict[int, float]:
     last = {run.result["seed"]: run.result["last"] for run in row.runs}
     if metric == "temperature":
-        return {seed: fmean(scores["temperatures"]) for seed, scores in last.items() if "temperatures" in scores}
+        return {seed: t for seed, scores in last.items() if (t := fitted_temperature(scores)) is not None}
     last = {seed: scores.get("scaled", {}) if scaled else scores for seed, scores in last.items()}
     return {seed: scores[metric] for seed, scores in last.items() if metric in scores}
 
@@ -182,17 +182,14 @@ def _side_by_side(rows: dict[str, Row]) -> Iterator[str]:
         yield "The temperature that would calibrate each, above 1 where it is too confident:"
         numbers = ["accuracy, %", "temperature"]
         yield markdown_table(["teacher", *numbers, "its student", *numbers], lines)
-    found = {"temperature": "temperature", "ece": "ECE, which does not tell too much confidence from too little"}
-    found = {title: rank_correlation(rows, metric) for metric, title in found.items()}
-    texts = [
-        f"of their {title}: {ours.mean:.2f}"
-        + (f" ± {ours.sd:.2f}" if ours.sd is not None else "")
-        + (f" (published: {theirs:.2f})" if theirs is not None else "")
-        for title, (ours, theirs) in found.items()
-        if ours
-    ]
-    if texts:
+    found = []
+    for metric, title in ORDERS.items():
+        correlation, theirs = rank_correlation(rows, metric)
+        if correlation:
+            found.append(f"of their {title}: {plus_minus('correlation', correlation, ' ± ')}")
+            found[-1] += "" if theirs is None else f" (published: {number('correlation', theirs)})"
+    if found:
         yield (
             "Spearman's rank correlation of the five teachers and their students, where 1 is the same order, "
-            f"{'; '.join(texts)}."
+            f"{'; '.join(found)}."
         )

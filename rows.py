@@ -172,11 +172,16 @@ class Statistic(NamedTuple):
         return abs(self.mean - expected) > (CHANCE[metric] if self.sd is None else 2 * self.sd)
 
 
+def fitted_temperature(scores: dict[str, Any]) -> float | None:
+    """The mean of those of the two halves of the test images; None where an older run has none."""
+    return statistics.fmean(scores["temperatures"]) if "temperatures" in scores else None
+
+
 def number(metric: str, value: float, sign: str = "") -> str:
-    """As people read it: accuracy in percent, a temperature to what can be known of it."""
+    """As people read it: accuracy in percent, a temperature or a correlation to what can be known of it."""
     if metric == "accuracy":
         return f"{100 * value:{sign}.2f}"
-    return f"{value:{sign}.{2 if metric == 'temperature' else 4}f}"
+    return f"{value:{sign}.{2 if metric in ('temperature', 'correlation') else 4}f}"
 
 
 def plus_minus(metric: str, statistic: Statistic | None, sep: str = "±", sign: str = "") -> str:
@@ -252,9 +257,9 @@ class Row:
         return values and Statistic.of(values)
 
     def temperature(self, choice: str) -> Statistic | None:
-        """The fitted temperature over the seeds, each the mean of its test images' two halves."""
-        pairs = self.values(choice, "temperatures")
-        return pairs and Statistic.of([statistics.fmean(pair) for pair in pairs])
+        """The fitted temperature over the seeds; None unless every run has one."""
+        values = [fitted_temperature(run.result[choice]) for run in self.runs]
+        return Statistic.of(values) if values and None not in values else None
 
     @property
     def by_chance(self) -> dict[str, Statistic]:
