@@ -48,16 +48,38 @@ def test_differences_are_of_the_seeds_that_both_have():
     assert questions.ours(a, b, ACCURACY) == questions.ours(a, Row("c", {}, "", ""), ECE) == []
 
 
-def test_what_is_significant_is_so_by_scipys_t_test_of_three_seeds_or_more():
+def test_of_one_row_what_is_significant_is_so_by_scipys_t_test_of_three_seeds_or_more():
     random, found = np.random.default_rng(0), []
     for n in (3, 4, 5, 20):
         for shift in np.linspace(0, 3, 30):
             differences = list(shift + random.normal(size=n))
-            found.append(questions.significant(differences))
+            found += questions.significant([differences])
             assert found[-1] == (ttest_1samp(differences, 0).pvalue < 0.05)
     assert 20 < sum(found) < 100
-    assert questions.significant([0.1] * 3) and not questions.significant([0.0] * 3)
-    assert not questions.significant([0.1] * 2)
+    assert questions.significant([[0.1] * 3]) == [True] and questions.significant([[0.0] * 3]) == [False]
+    assert questions.significant([[0.1] * 2]) == [False]
+
+
+def test_seeds_of_several_rows_are_pooled():
+    """By hand: variances of 2, 8 and 2 with a degree of freedom each; a row of one seed is judged by the others'."""
+    column = [[19.0, 21.0], [-2.0, 2.0], [4.0, 6.0], [30.0], []]
+    sd, free = questions.pooled(column)
+    assert sd == pytest.approx(2.0) and free == pytest.approx(3 * 4 / 6)
+    # t of two degrees of freedom is 4.30; the means' deviations are 1.41, and 2 of one seed
+    assert questions.significant(column) == [True, False, False, True, False]
+    assert questions.significant([[19.0, 21.0], [-2.0, 2.0]]) == [False, False]  # two rows of two seeds are too few
+    assert questions.significant([[0.1], [0.2], [0.3]]) == [False] * 3
+
+
+@pytest.mark.parametrize(("rows", "seeds"), [(1, 3), (4, 2), (8, 3)])
+def test_degrees_of_freedom_are_those_of_differences_from_one_row(rows, seeds):
+    """A variance's relative variance is 2 over its degrees of freedom; and nothing is found too often."""
+    values = np.random.default_rng(0).normal(size=(4000, rows + 1, seeds))
+    columns = (values[:, 1:] - values[:, :1]).tolist()
+    variances = np.array([questions.pooled(column)[0] ** 2 for column in columns])
+    assert variances.mean() == pytest.approx(2, rel=0.05)
+    assert questions.pooled(columns[0])[1] == pytest.approx(2 * variances.mean() ** 2 / variances.var(), rel=0.1)
+    assert 0.01 < np.mean([questions.significant(column) for column in columns[:1000]]) < 0.06
 
 
 def test_what_is_clear_is_bold_and_what_was_published_but_is_not_seen_is_named():
@@ -81,7 +103,7 @@ def test_what_is_clear_is_bold_and_what_was_published_but_is_not_seen_is_named()
 
 
 @pytest.mark.parametrize(("seeds", "text"), [(1, "-60.00"), (2, "-60.00 ± 0.00")])
-def test_one_seed_or_two_make_nothing_clear(seeds, text):
+def test_one_seed_or_two_of_one_row_make_nothing_clear(seeds, text):
     rows = table(student_baseline=runs(accuracy=[0.7] * seeds), kd_vanilla=runs(accuracy=[0.1] * seeds))
     assert f"| {text} |" in questions.markdown(rows)
 
