@@ -262,6 +262,14 @@ class Row:
         return Statistic.of(values) if values and None not in values else None
 
     @property
+    def held_out(self) -> Statistic | None:
+        """Accuracy on the held-out images at the epoch that they chose; None unless every run has it."""
+        by_epoch = [{epoch["epoch"]: epoch.get("val_accuracy") for epoch in run.history} for run in self.runs]
+        chosen = [run.result.get("selected", {}).get("epoch") for run in self.runs]
+        values = [values.get(epoch) for values, epoch in zip(by_epoch, chosen, strict=True)]
+        return Statistic.of(values) if values and None not in values else None
+
+    @property
     def by_chance(self) -> dict[str, Statistic]:
         """ECE and OE of perfectly calibrated models with the confidences of the best epochs, and their deviations
         between test sets, each the mean over the seeds; empty unless every run has its bins."""
@@ -314,6 +322,17 @@ def sort_into_rows(runs: Sequence[Run]) -> tuple[list[Row], list[Row]]:
         same[0].runs.append(run)
     table = [row for row in table if row.runs or row.published or not row.changes]  # variants are there to be compared
     return table, sorted(others, key=lambda row: (row.row, row.label))
+
+
+def best_settings(rows: Iterable[Row]) -> list[tuple[Row, int]]:
+    """For each row of which several settings were tried with the same number of held-out images, those with the best
+    held-out accuracy, the mean over their seeds; and how many were tried."""
+    tried: dict[tuple[str, int | None], list[Row]] = {}
+    for row in rows:
+        if row.held_out:
+            tried.setdefault((row.row, row.runs[0].result["settings"].get("val_size")), []).append(row)
+    several = [group for group in tried.values() if len(group) > 1]
+    return [(max(group, key=lambda row: row.held_out.mean), len(group)) for group in several]
 
 
 def as_published(table: Sequence[Row]) -> list[Row]:

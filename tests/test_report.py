@@ -404,6 +404,43 @@ def test_readme_shows_the_table_with_most_rows_and_nothing_else_changes(tmp_path
     assert readme.read_text() == "no markers\n" and "left as it is" in capsys.readouterr().err
 
 
+def test_of_each_row_the_settings_are_shown_that_held_out_images_chose(tmp_path, no_figures):
+    def tried(row, held_out, lr=None, seed=0, val_size=5000):
+        changes = ({"lr": lr} if lr else {}) | {"val_size": val_size}
+        folder = make_run(tmp_path, row, seed, changes)
+        result = json.loads((folder / "result.json").read_text())
+        result["settings"]["val_size"] = val_size
+        (folder / "result.json").write_text(json.dumps(result))
+        epochs = (folder / "history.csv").read_text().splitlines()
+        values = ["val_accuracy", 0.99, 0.99, held_out, 0.99]  # the epoch that was chosen is the third
+        (folder / "history.csv").write_text("\n".join(f"{e},{v}" for e, v in zip(epochs, values, strict=True)))
+        return result["selected"]
+
+    tried("kd_mixup", 0.5)  # nothing to choose from
+    tried("kd_cutmix", 0.6, val_size=500)  # not the same images
+    tried("kd_cutmix", 0.61)
+    chosen = [tried("kd_cutmix", 0.6 + 0.02 * seed, lr=0.02, seed=seed) for seed in (0, 1, 2)]
+    tried("kd_cutmix", 0.58, lr=0.04)
+    tried("student_baseline", 0.4)
+    tried("student_baseline", 0.3, lr=0.02)
+    make_run(tmp_path, "student_baseline", changes={"lr": 0.04})  # without held-out images
+    assert run(tmp_path) == 0
+    text = (tmp_path / "short" / "table.md").read_text()
+    lines = text[text.index("## Each row at its best settings") :].split("\n\n")[2].splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| `student_baseline --val-size 5000`",  # in the order of the table
+        "| `kd_cutmix --lr 0.02 --val-size 5000`",
+    ]
+    values = [100 * scores["accuracy"] for scores in chosen]
+    assert f"| 3 | 3 | 62.00 ± 2.00 | {np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} |" in lines[3]
+    values = [scores["scaled"]["ece_15"] for scores in chosen]
+    assert f"| {np.mean(values):.4f} ± {np.std(values, ddof=1):.4f} |" in lines[3]
+    shutil.rmtree(tmp_path / "short" / "kd_cutmix")
+    shutil.rmtree(tmp_path / "short" / "student_baseline")
+    run(tmp_path)
+    assert "best settings" not in (tmp_path / "short" / "table.md").read_text()
+
+
 def test_a_table_with_held_out_images_is_a_table(tmp_path):
     for row in ("teacher_baseline", "teacher_cutmix"):
         for seed in (0, 1):

@@ -56,12 +56,14 @@ def test_a_sweep_is_one_that_runs(path):
 
 
 def test_the_sweeps_that_there_should_be():
-    assert [path.stem for path in SWEEPS] == ["kd", "mixup", "rows", "student"]
+    assert [path.stem for path in SWEEPS] == ["kd", "lr", "mixup", "rows", "student"]
     sweeps = {path.stem: yaml.safe_load(path.read_text())["parameters"] for path in SWEEPS}
     assert sweeps["mixup"]["alpha"]["values"] == [0, 0.1, 0.25, 0.4, 1]
     assert {"temperature", "kd_weight", "ce_weight"} <= sweeps["kd"].keys()
     assert {"lr", "batch_size"} <= sweeps["student"].keys()
     assert set(sweeps["rows"]["row"]["values"]) == set(ROWS)
+    students = {row for row in ROWS if row.startswith(("kd_", "student_"))} - {"student_ensemble"}
+    assert set(sweeps["lr"]["row"]["values"]) == students and 0.01 in sweeps["lr"]["lr"]["values"]
     for row in ROWS:  # the sweep of distillation is for any row that distils
         if row.startswith("kd_"):
             assert read(row, {"temperature": 7.0, "kd_weight": 0.5, "ce_weight": 0.25}).temperature == 7
