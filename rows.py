@@ -264,7 +264,7 @@ class Row:
     @property
     def held_out(self) -> Statistic | None:
         """Accuracy on the held-out images at the epoch that they chose; None unless every run has it."""
-        by_epoch = [{epoch["epoch"]: epoch.get("val_accuracy") for epoch in run.history} for run in self.runs]
+        by_epoch = [{epoch.get("epoch"): epoch.get("val_accuracy") for epoch in run.history} for run in self.runs]
         chosen = [run.result.get("selected", {}).get("epoch") for run in self.runs]
         values = [values.get(epoch) for values, epoch in zip(by_epoch, chosen, strict=True)]
         return Statistic.of(values) if values and None not in values else None
