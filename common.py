@@ -288,8 +288,8 @@ class Run:
         finished the run while this one waited for it."""
 
         def something_to_do() -> bool:
-            if self.cfg.overwrite:
-                shutil.rmtree(self.path, ignore_errors=True)
+            if self.cfg.overwrite and self.path.exists():
+                shutil.rmtree(self.path)
             return self.load_result() is None or not (self.path / self.needed).is_file()
 
         first = data_parallel.rank() == 0  # it holds the folder for all processes of a data-parallel run

@@ -25,7 +25,8 @@ def visible_gpus() -> list[str]:
     if not shutil.which("nvidia-smi"):
         return []
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
-    return [str(index) for index in range(len(listed.stdout.splitlines()))] if listed.returncode == 0 else []
+    gpus = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]  # not the parts of one, with MIG
+    return [str(index) for index in range(len(gpus))] if listed.returncode == 0 else []
 
 
 def free_place(gpus: Sequence[str], jobs_per_gpu: int, folder: Path) -> tuple[str, int] | None:

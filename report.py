@@ -125,7 +125,12 @@ def markdown_best_settings(rows: Sequence[Row]) -> str:
     names = list(dict.fromkeys(row.row for row in rows))
     lines = []
     for row, tried in sorted(best_settings(rows), key=lambda pair: names.index(pair[0].row)):
-        cells = [f"`{row.label}`", str(tried), str(len(row.runs)), plus_minus("accuracy", row.held_out, " ± ")]
+        cells = [
+            f"`{row.label}`",
+            str(tried),
+            str(len(row.runs)),
+            plus_minus("accuracy", Statistic.of([*row.held_out.values()]), " ± "),
+        ]
         for metric in ("accuracy", "ece", "oe"):
             cells.append(plus_minus(metric, row.statistic("selected", metric), " ± "))
         scaled = plus_minus("ece_15", row.statistic("selected", "ece_15", scaled=True), " ± ")
@@ -135,10 +140,10 @@ def markdown_best_settings(rows: Sequence[Row]) -> str:
 
 
 BEST_SETTINGS = """\
-Of the settings that were tried with `--val-size`, those of each row that were right on most held-out images, the mean
-over their seeds; the other numbers are those on the test images, which chose nothing, at the *selected* epoch. Rows of
-which equally many were tried compare: a loss times a number trains as that many times the learning rate, so at one rate
-for all, rows differ in their steps too.
+Of the settings that were tried with `--val-size`, those of each row that were right on most held-out images, over the
+seeds that all its settings have; the other numbers are those on the test images, which chose nothing, at the *selected*
+epoch. Rows of which equally many were tried compare: a loss times a number trains as that many times the learning rate,
+so at one rate for all, rows differ in their steps too.
 """
 BRACKETS = """\
 In brackets: ours minus the published number, in bold where that is more than two standard deviations or, with one seed,

@@ -262,12 +262,13 @@ class Row:
         return Statistic.of(values) if values and None not in values else None
 
     @property
-    def held_out(self) -> Statistic | None:
-        """Accuracy on the held-out images at the epoch that they chose; None unless every run has it."""
-        by_epoch = [{epoch.get("epoch"): epoch.get("val_accuracy") for epoch in run.history} for run in self.runs]
-        chosen = [run.result.get("selected", {}).get("epoch") for run in self.runs]
-        values = [values.get(epoch) for values, epoch in zip(by_epoch, chosen, strict=True)]
-        return Statistic.of(values) if values and None not in values else None
+    def held_out(self) -> dict[int, float]:
+        """Seed -> accuracy on its held-out images at the epoch that they chose, of runs that have it."""
+        found = {}
+        for run in self.runs:
+            by_epoch = {epoch.get("epoch"): epoch.get("val_accuracy") for epoch in run.history}
+            found[run.result["seed"]] = by_epoch.get(run.result.get("selected", {}).get("epoch"))
+        return {seed: accuracy for seed, accuracy in found.items() if accuracy is not None}
 
     @property
     def by_chance(self) -> dict[str, Statistic]:
@@ -325,21 +326,33 @@ def sort_into_rows(runs: Sequence[Run]) -> tuple[list[Row], list[Row]]:
 
 
 def best_settings(rows: Iterable[Row]) -> list[tuple[Row, int]]:
-    """For each row of which several settings were tried with the same number of held-out images, those with the best
-    held-out accuracy, the mean over their seeds; and how many were tried."""
-    tried: dict[tuple[str, int | None], list[Row]] = {}
+    """For each row of which several settings were tried those with the best held-out accuracy, and how many they were.
+
+    Only runs that trained for as long on as many images, and held as many out, compare; and as seeds have held-out
+    images of their own, only over the seeds that all settings have.
+    """
+    tried: dict[tuple, list[Row]] = {}
     for row in rows:
         if row.held_out:
-            tried.setdefault((row.row, row.runs[0].result["settings"].get("val_size")), []).append(row)
-    several = [group for group in tried.values() if len(group) > 1]
-    return [(max(group, key=lambda row: row.held_out.mean), len(group)) for group in several]
+            result = row.runs[0].result
+            images = [result["settings"].get(name) for name in ("val_size", "image_size")]
+            tried.setdefault((row.row, trained_on(result), result.get("fingerprint"), *images), []).append(row)
+    found = []
+    for group in tried.values():
+        seeds = set.intersection(*(set(row.held_out) for row in group))
+        if len(group) > 1 and seeds:
+            best = max(group, key=lambda row: statistics.fmean(row.held_out[seed] for seed in seeds))
+            found.append((best, len(group)))
+    return found
 
 
 def as_published(table: Sequence[Row]) -> list[Row]:
     """A line for each row of the published table, without variants: those with held-out images where no run is without,
-    for the two have not trained on the same images."""
+    for the two have not trained on the same images; and of these, those of the number that the most rows have."""
     plain = [row for row in table if not row.changes]
-    if any(row.runs for row in plain):
+    held_out = [row for row in table if row.changes.keys() == {"val_size"}]
+    if any(row.runs for row in plain) or not held_out:
         return plain
-    held_out = {row.row: row for row in reversed(table) if row.changes.keys() == {"val_size"}}
-    return [held_out.get(row.row, row) for row in plain]
+    number_of_images = statistics.mode(sorted(row.changes["val_size"] for row in held_out))
+    same = {row.row: row for row in held_out if row.changes["val_size"] == number_of_images}
+    return [same.get(row.row, row) for row in plain]

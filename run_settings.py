@@ -68,8 +68,8 @@ class Config:
     image_size: Pixels = 32
     """side to which the images of --dataset folder are resized"""
     train_size: Count | None = None
-    """train on so many images only, if not the protocol's number: drawn at random, the same ones for every seed, and
-    evenly over the classes"""
+    """train on so many images only, if not the protocol's number: drawn at random, evenly over the classes, and the
+    same ones for every seed, unless --val-size leaves each seed others to draw from"""
     val_size: Count | None = None
     """hold out so many training images: the epoch `selected` and its temperature are chosen on them"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -136,7 +136,7 @@ def resolve(cfg: Config) -> Config:
                 if v is not None and not holds(v):
                     raise UserError(f"{flag(name)} must be {text}, not {v}")
     weights = {name: value for name, value in vars(cfg).items() if name.endswith("_weight")}
-    if weights and not any(weights.values()):
+    if len(weights) > 1 and not any(weights.values()):
         raise UserError(f"{' and '.join(flag(name) for name in weights)} must not all be 0")
     protocol = PROTOCOLS[cfg.protocol]
     epochs = cfg.epochs or protocol.epochs
@@ -147,6 +147,8 @@ def resolve(cfg: Config) -> Config:
         raise UserError(f"--milestones must rise and end by epoch {epochs}, not {' '.join(map(str, milestones))}")
     dataset = cfg.dataset or protocol.dataset
     own_images = dataset == protocol.dataset
+    if dataset != "folder" and cfg.image_size != type(cfg).image_size:
+        raise UserError(f"--image-size is for --dataset folder alone, not for {dataset}")
     decided = {
         "epochs": epochs,
         "milestones": milestones,

@@ -8,7 +8,7 @@ from scipy.stats import ttest_1samp
 import common
 import questions
 from questions import ACCURACY, ECE, ECE_SCALED, ECE_THAN_SCALED, QUESTIONS, TAUGHT_BY
-from rows import Row, Run, sort_into_rows
+from rows import Row, Run, as_published, sort_into_rows
 
 
 def runs(**scores: list[float]) -> list[Run]:
@@ -128,6 +128,16 @@ def test_rows_with_held_out_images_answer_where_there_are_no_others():
     assert questions.markdown([*table(), held_out[0], temperature]) == ""
     assert "| -10.00 |" in questions.markdown([*table(), *held_out, temperature])
     assert questions.markdown([*table(student_baseline=runs(accuracy=[0.7])), *held_out]) == ""  # never the two mixed
+
+
+def test_rows_with_as_many_held_out_images_as_most_answer_together():
+    held_out = [Row("kd_vanilla", {"val_size": 5000}, "", "", runs=runs(accuracy=[0.6]))]
+    held_out += [
+        Row("student_baseline", {"val_size": n}, "", "", runs=runs(accuracy=[0.7])) for n in (20000, 5000, 500)
+    ]
+    for rows in (held_out, held_out[::-1]):
+        chosen = [row for row in as_published([*table(), *rows]) if row.runs]
+        assert {row.row: row.changes["val_size"] for row in chosen} == {"kd_vanilla": 5000, "student_baseline": 5000}
 
 
 def test_teachers_stand_beside_the_students_that_they_taught_with_their_temperatures():

@@ -265,6 +265,15 @@ def test_overwrite_is_the_way_out_that_it_is_said_to_be(tmp_path):
         assert again["last"] == result["last"]
 
 
+def test_overwrite_says_so_where_it_cannot_delete(tmp_path):
+    """A folder that is a link, as to a larger disk: the old numbers must not pass for new ones."""
+    _, path = run_row("student_baseline", tmp_path)
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic link"):
+        run_row("student_baseline", tmp_path, overwrite=True)
+
+
 def test_a_teacher_killed_while_it_is_trained_again_goes_on(tmp_path, monkeypatch, capsys):
     """Its old result is there and its new weights are not the old ones."""
     _, path = run_row("teacher_cutmix", tmp_path)

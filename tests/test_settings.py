@@ -74,8 +74,8 @@ def test_milestones_keep_their_place(settings, epochs, milestones):
 @pytest.mark.parametrize(
     ("row", "settings"),
     [
-        ("kd_cutmix", dict(image_size=16, batch_size=2, seed=0, epochs=1, kd_weight=0.0)),
-        ("kd_cutmix", dict(image_size=1024)),
+        ("kd_cutmix", dict(dataset="folder", image_size=16, batch_size=2, seed=0, epochs=1, kd_weight=0.0)),
+        ("kd_cutmix", dict(dataset="folder", image_size=1024)),
         ("teacher_augmix", dict(severity=0.1)),
         ("teacher_augmix", dict(severity=10.0)),
         ("teacher_cutout", dict(hole=1.0)),
@@ -195,6 +195,8 @@ WRONG = [
     ("kd_vanilla", "--temperature -4", "--temperature must be greater than 0"),
     ("kd_vanilla", "--temperature hot", "--temperature"),
     ("kd_vanilla", "--kd-weight 0 --ce-weight 0", "--kd-weight and --ce-weight must not all be 0"),
+    ("student_baseline", "--image-size 64", "--image-size is for --dataset folder alone, not for cifar100"),
+    ("student_baseline", "--protocol smoke --image-size 20", "--image-size is for --dataset folder alone"),
     ("kd_mixup", "--protocol smoke --teacher ../../etc", "there is no recipe ../../etc"),
     ("kd_ensemble_avg_loss", "--protocol smoke --teachers teacher_mixup wrn", "there is no recipe wrn"),
     ("kd_ensemble_avg_loss", "--temperature 0", "--temperature must be greater than 0"),
@@ -236,6 +238,10 @@ def test_wrong_arguments_end_in_one_line_and_exit_code_2(row, arguments, message
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not list(here.iterdir())  # nothing created
+
+
+def test_a_weight_that_is_the_only_one_may_be_0():
+    assert config("teacher_augmix", jsd_weight=0.0).jsd_weight == 0
 
 
 def test_no_gpu(monkeypatch):

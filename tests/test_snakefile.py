@@ -215,6 +215,19 @@ def test_gpus_are_those_that_cuda_sees(names, gpus, monkeypatch):
     assert one_gpu.visible_gpus() == gpus
 
 
+def test_parts_of_a_gpu_are_no_gpus(tmp_path, monkeypatch):
+    listed = [
+        "GPU 0: NVIDIA H200 (UUID: GPU-5a)",
+        "  MIG 1g.18gb Device 0: (UUID: MIG-1)",
+        "GPU 1: NVIDIA H200 (UUID: GPU-5b)",
+    ]
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n" + "\n".join(f"echo '{line}'" for line in listed))
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert one_gpu.visible_gpus() == ["0", "1"]
+
+
 def test_without_a_gpu_the_command_simply_runs(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     words = [sys.executable, ROOT / "one_gpu.py", "1", "echo", "ran"]
