@@ -289,7 +289,10 @@ class Run:
 
         def something_to_do() -> bool:
             if self.cfg.overwrite and self.path.exists():
-                shutil.rmtree(self.path)
+                try:
+                    shutil.rmtree(self.path)
+                except OSError as error:
+                    raise UserError(f"{self.path} cannot be deleted (--overwrite): {error}") from None
             return self.load_result() is None or not (self.path / self.needed).is_file()
 
         first = data_parallel.rank() == 0  # it holds the folder for all processes of a data-parallel run

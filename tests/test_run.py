@@ -270,7 +270,7 @@ def test_overwrite_says_so_where_it_cannot_delete(tmp_path):
     _, path = run_row("student_baseline", tmp_path)
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match="symbolic link"):
+    with pytest.raises(UserError, match=r"seed0.* cannot be deleted \(--overwrite\): .*symbolic link"):
         run_row("student_baseline", tmp_path, overwrite=True)
 
 
