@@ -27,7 +27,7 @@ MOVING = {**SETTINGS, "epochs": 1, "milestones": (), "train_size": 32, "lr": 1e-
 def frozen_batch_norm(trainer):
     """`Run.trainer` for models whose batch norm keeps the statistics of a few images, for shares would differ by it.
 
-    They compute in float64: in float32, rounding alone grows to 1e-4 in six steps.
+    They compute in float64, these statistics too: in float32, rounding alone grows to 1e-4 in six steps.
     """
 
     def with_frozen(self, task):
@@ -35,11 +35,11 @@ def frozen_batch_norm(trainer):
         for norm in norms:
             norm.momentum = 1.0
         with torch.no_grad():
-            task.trainable_module.train()(common.normalize(self.data.train_images[::22]))
+            task.trainable_module.double().train()(common.normalize(self.data.train_images[::22]).double())
         for norm in norms:
             norm.running_var.clamp_(min=0.1)  # of channels that are nearly constant
             norm.eval().train = lambda mode=True, norm=norm: norm
-        task.trainable_module.double().register_forward_pre_hook(lambda model, args: (args[0].double(),))
+        task.trainable_module.register_forward_pre_hook(lambda model, args: (args[0].double(),))
         return trainer(self, task)
 
     return with_frozen
