@@ -30,6 +30,7 @@ from tracking import Tracker
 @pytest.fixture(autouse=True)
 def no_account(monkeypatch, tmp_path):
     """No key of whoever runs the tests, no agent, and wandb's own files where they are deleted."""
+    wandb.teardown()  # first: of a service that is up, the address in the environment would come back after its end
     for name in list(os.environ):
         if name.startswith("WANDB_"):
             monkeypatch.delenv(name)
@@ -38,7 +39,6 @@ def no_account(monkeypatch, tmp_path):
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")  # nobody listens there
-    wandb.teardown()
     yield
     wandb.teardown()
 
