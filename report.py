@@ -125,14 +125,9 @@ def markdown_best_settings(rows: Sequence[Row]) -> str:
     names = list(dict.fromkeys(row.row for row in rows))
     lines = []
     for row, tried in sorted(best_settings(rows), key=lambda pair: names.index(pair[0].row)):
-        cells = [
-            f"`{row.label}`",
-            str(tried),
-            str(len(row.runs)),
-            plus_minus("accuracy", Statistic.of([*row.held_out.values()]), " ± "),
-        ]
-        for metric in ("accuracy", "ece", "oe"):
-            cells.append(plus_minus(metric, row.statistic("selected", metric), " ± "))
+        cells = [f"`{row.label}`", str(tried), str(len(row.runs))]
+        cells.append(plus_minus("accuracy", Statistic.of([*row.held_out.values()]), " ± "))
+        cells += [plus_minus(metric, row.statistic("selected", metric), " ± ") for metric in PUBLISHED]
         scaled = plus_minus("ece_15", row.statistic("selected", "ece_15", scaled=True), " ± ")
         lines.append([*cells, scaled, plus_minus("temperature", row.temperature("selected"), " ± ")])
     header = ["Recipe", "Settings tried", "Seeds", "Accuracy, %: held out", "Accuracy, %", "ECE", "OE"]

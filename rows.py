@@ -336,7 +336,7 @@ def best_settings(rows: Iterable[Row]) -> list[tuple[Row, int]]:
         if row.held_out:
             result = row.runs[0].result
             images = [result["settings"].get(name) for name in ("val_size", "image_size")]
-            tried.setdefault((row.row, trained_on(result), result.get("fingerprint"), *images), []).append(row)
+            tried.setdefault((row.row, trained_on(result), *images), []).append(row)
     found = []
     for group in tried.values():
         seeds = set.intersection(*(set(row.held_out) for row in group))

@@ -411,6 +411,7 @@ def test_of_each_row_the_settings_are_shown_that_held_out_images_chose(tmp_path,
         folder = make_run(tmp_path, row, seed, changes)
         result = json.loads((folder / "result.json").read_text())
         result["settings"] |= {"val_size": val_size, "epochs": epochs}
+        result["fingerprint"] = f"with the images of seed {seed} held out"
         (folder / "result.json").write_text(json.dumps(result))
         lines = (folder / "history.csv").read_text().splitlines()
         values = ["val_accuracy", 0.99, 0.99, held_out, 0.99]  # the epoch that was chosen is the third
@@ -424,6 +425,8 @@ def test_of_each_row_the_settings_are_shown_that_held_out_images_chose(tmp_path,
     tried("kd_cutmix", 0.9, seed=7)  # a seed that not all have
     chosen = [tried("kd_cutmix", 0.6 + 0.02 * seed, lr=0.02, seed=seed) for seed in (0, 1, 2)]
     tried("kd_cutmix", 0.58, lr=0.04)
+    for lr, seed, held_out in ((None, 0, 0.9), (None, 1, 0.5), (0.02, 1, 0.6), (0.02, 2, 0.1)):  # seed 1 decides
+        tried("kd_augmix", held_out, lr=lr, seed=seed)
     tried("student_baseline", 0.4)
     tried("student_baseline", 0.3, lr=0.02)
     make_run(tmp_path, "student_baseline", changes={"lr": 0.04})  # without held-out images
@@ -433,6 +436,7 @@ def test_of_each_row_the_settings_are_shown_that_held_out_images_chose(tmp_path,
     assert [line.split(" | ")[0] for line in lines[2:]] == [
         "| `student_baseline --val-size 5000`",  # in the order of the table
         "| `kd_cutmix --lr 0.02 --val-size 5000`",
+        "| `kd_augmix --lr 0.02 --val-size 5000`",
     ]
     values = [100 * scores["accuracy"] for scores in chosen]
     assert f"| 3 | 3 | 62.00 ± 2.00 | {np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} |" in lines[3]
@@ -440,6 +444,7 @@ def test_of_each_row_the_settings_are_shown_that_held_out_images_chose(tmp_path,
     assert f"| {np.mean(values):.4f} ± {np.std(values, ddof=1):.4f} |" in lines[3]
     shutil.rmtree(tmp_path / "short" / "kd_cutmix")
     shutil.rmtree(tmp_path / "short" / "student_baseline")
+    shutil.rmtree(tmp_path / "short" / "kd_augmix")
     run(tmp_path)
     assert "best settings" not in (tmp_path / "short" / "table.md").read_text()
 
