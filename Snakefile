@@ -19,21 +19,21 @@ sys.path.insert(0, workflow.basedir)
 import common
 from command_line import parse as parse_flags  # `parse` is a name of Snakemake's own, as `report` is
 from rows import sort_into_rows
-from run_files import UserError, files_for, read_result
+from run_files import UserError, files_for, flag, flags as flags_of, read_result
 
 OWN = {"seeds", "variants", "jobs_per_gpu"}
 config.update({name: value == "true" for name, value in config.items() if value in ("true", "false")})
 config.setdefault("share_teachers", config.get("protocol") in ("brief", "cpu", "smoke"))  # where it takes under 1 GB
 
 
-def flag(name, value):
+def words(name, value):
     """A setting as words of a command line."""
     if isinstance(value, bool):
-        return [f"--{name.replace('_', '-')}"] * value
-    return [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+        return [flag(name)] * value
+    return [flag(name), *map(str, value if isinstance(value, list) else [value])]
 
 
-FLAGS = [word for name, value in config.items() if name not in OWN for word in flag(name, value)]
+FLAGS = [word for name, value in config.items() if name not in OWN for word in words(name, value)]
 if not str(config.get("seeds", 3)).isdecimal() or "seed" in config:
     raise WorkflowError("--config: it is seeds=3, a number, for seeds 0, 1 and 2; a single seed is run by its recipe, with --seed")
 if not str(config.get("jobs_per_gpu", 1)).isdecimal() or int(config.get("jobs_per_gpu", 1)) < 1:
@@ -78,7 +78,7 @@ def inputs(run):
 
 try:
     recipes = sorted(path.stem for path in Path(workflow.basedir, "recipes").glob("[!_]*.py"))
-    variants = [(line.row, line.flags) for line in sort_into_rows([])[0] if line.changes]
+    variants = [(line.row, flags_of(line.changes)) for line in sort_into_rows([])[0] if line.changes]
     JOBS = {(row, flags): configured(row, flags) for row, flags in [(row, "") for row in recipes] + variants}
 except UserError as error:
     raise WorkflowError(f"--config: {error}")

@@ -1,6 +1,7 @@
 """Calibration of a classifier, in numbers and in a picture."""
 
 import math
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -315,7 +316,7 @@ def reliability_diagram(metrics: CalibrationMetrics, title: str = ""):
     top.plot([0, 1], [0, 1], "--", color="0.3", linewidth=1)
     ece, oe = (f"{mean:.4f} ± {sd:.4f}" for mean, sd in by_chance)
     text = f"ECE {metrics.ece:.4f}, by chance {ece}\nOE {metrics.oe:.4f}, by chance {oe}"
-    top.set_title("\n".join(filter(None, [title, text])), fontsize="medium")
+    top.set_title("\n".join([*textwrap.wrap(title, 38, break_on_hyphens=False), text]), fontsize="medium")
     top.set(xlim=(0, 1), ylim=(0, 1), ylabel="Accuracy")
     bottom.bar((np.arange(len(n)) + 0.5) * width, n / n.sum(), color="0.55", edgecolor="white", **bar)
     bottom.axvline(metrics.accuracy, color=blue, linewidth=1.2, label="mean accuracy")
@@ -330,8 +331,8 @@ def reliability_diagram(metrics: CalibrationMetrics, title: str = ""):
     return figure
 
 
-def write_reliability(folder: Path, metrics: CalibrationMetrics, row: str, epoch: int | None) -> None:
-    """Write a run's `reliability.png` and the bins that it is drawn from, `reliability.csv`."""
+def write_reliability(folder: Path, metrics: CalibrationMetrics, label: str, epoch: int | None) -> None:
+    """Write a run's `reliability.png`, titled by its label, and the bins that it is drawn from, `reliability.csv`."""
     write_csv(folder / "reliability.csv", metrics.bins)
     with atomic_write(folder / "reliability.png") as file:
-        reliability_diagram(metrics, f"{row}, epoch {epoch}" if epoch else row).savefig(file, dpi=200)
+        reliability_diagram(metrics, f"{label}, epoch {epoch}" if epoch else label).savefig(file, dpi=200)

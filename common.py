@@ -50,6 +50,9 @@ from run_files import (
     UserError,
     atomic_write,
     files_for,
+    flag,
+    flags,
+    full_name,
     load_probabilities,
     load_weights,
     locked,
@@ -75,7 +78,6 @@ from run_settings import (  # noqa: F401 recipes use them as common.TrainConfig
     TeacherName,
     TrainConfig,
     changes,
-    flag,
     identity,
     resolve,
     settings,
@@ -650,7 +652,7 @@ class Run:
             sources=self.sources,
             group=self.row,
             job_type="ensemble" if not self.model_name else "kd" if self.sources else kind,
-            name=f"{self.row}-{cfg.protocol}-s{cfg.seed}",
+            name=f"{self.row}-{cfg.protocol}-s{cfg.seed} {flags(self.changes)}"[:128].strip(),  # W&B takes no more
             tags=[cfg.protocol, cfg.dataset],
             config={**settings(cfg), **facts},
         )
@@ -713,7 +715,7 @@ class Run:
         with atomic_write(self.path / "probabilities.npz") as file:
             np.savez_compressed(file, **arrays)
         save_log_probabilities(self.path, arrays)
-        write_reliability(self.path, metrics, self.row, choices["best"]["epoch"])
+        write_reliability(self.path, metrics, full_name(self.row, self.changes), choices["best"]["epoch"])
         result = {
             "row": self.row,
             "protocol": self.cfg.protocol,
@@ -803,7 +805,8 @@ def _published_label(result: dict[str, Any]) -> str:
 def summary(result: dict[str, Any], path: Path) -> str:
     """The row as people read it: accuracy in percent, published and ours, the errors that a perfectly calibrated model
     would have by chance, and where the files are."""
-    lines = [f"{result['row']}, protocol {result['protocol']}, seed {result['seed']}, {result['dataset']}"]
+    run = full_name(result["row"], result["changes"])
+    lines = [f"{run}, protocol {result['protocol']}, seed {result['seed']}, {result['dataset']}"]
     lines.append(f"{'':34}{'accuracy':>10}{'ECE':>9}{'OE':>9}")
     for name in ("published", "best", "last", "selected"):
         numbers = result.get(name)

@@ -250,7 +250,7 @@ def terminal(protocol: str, rows: Sequence[Row], others: Sequence[Row], note: st
     """Both tables, at most 100 columns wide."""
 
     def block(row: Row, lines: Sequence[str]) -> Iterator[str]:
-        names = [row.row, *textwrap.wrap(row.flags, 23, initial_indent="  ", subsequent_indent="    "), _seeds(row)]
+        names = [*textwrap.wrap(row.label, 23, subsequent_indent="  "), _seeds(row)]
         for name, line in zip_longest(filter(None, names), lines, fillvalue=""):
             yield f"{name[:23]:23} {line}".rstrip()
 

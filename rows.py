@@ -4,9 +4,8 @@ import hashlib
 import json
 import math
 import os
-import shlex
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from run_files import (
     NOT_IDENTITY,
     UserError,
     atomic_write,
+    full_name,
     load_probabilities,
     read_bins,
     read_csv,
@@ -134,7 +134,7 @@ def recompute(path: Path) -> None:
     scores, metrics = scores_of_run(arrays), calibration_metrics(arrays["best"], arrays["labels"])
     for choice, values in scores.items():
         result[choice] = {"epoch": result.get(choice, {}).get("epoch"), **values}
-    write_reliability(path, metrics, result["row"], result["best"]["epoch"])
+    write_reliability(path, metrics, full_name(result["row"], result["changes"]), result["best"]["epoch"])
     if (half := HALF["probabilities.npz"]) in result["files"]:
         save_log_probabilities(path, arrays)
         result["files"][half] = sha256(path / half)
@@ -210,19 +210,6 @@ class Row:
     runs: list[Run] = field(default_factory=list)
 
     @property
-    def flags(self) -> str:
-        """What to add to the recipe's command line for this variant."""
-
-        def words(name: str, value: Any) -> Iterator[str]:
-            flag = name.replace("_", "-")
-            yield f"--no-{flag}" if value is False else f"--{flag}"
-            for v in value if isinstance(value, list) else [value]:
-                if not isinstance(v, bool):
-                    yield shlex.quote(str(int(v) if isinstance(v, float) and v.is_integer() else v))
-
-        return " ".join(word for change in self.changes.items() for word in words(*change))
-
-    @property
     def unlike(self) -> list[str]:
         """Settings that are not the same in all runs, and `recipe` where its lines are not."""
         made = [{**run.result["settings"], "recipe": run.result.get("versions", {}).get("recipe")} for run in self.runs]
@@ -232,7 +219,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        return f"{self.row} {self.flags}".strip()
+        return full_name(self.row, self.changes)
 
     @property
     def choices(self) -> list[str]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import socket
 import typing
 import zipfile
@@ -178,6 +179,28 @@ def save_log_probabilities(folder: Path, arrays: "dict[str, np.ndarray]") -> Non
 def variant(changes: dict[str, Any]) -> str:
     """What tells a variant's names from its row's: `-` and 8 hex digits of its changes; nothing for the row itself."""
     return f"-{hashlib.sha256(json.dumps(changes, sort_keys=True).encode()).hexdigest()[:8]}" if changes else ""
+
+
+def flag(name: str) -> str:
+    """Of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
+def flags(changes: dict[str, Any]) -> str:
+    """What to add to the recipe's command line for a variant."""
+
+    def words(name: str, value: Any) -> Iterator[str]:
+        yield flag(f"no_{name}" if value is False else name)
+        for v in value if isinstance(value, list) else [value]:
+            if not isinstance(v, bool):
+                yield shlex.quote(str(int(v) if isinstance(v, float) and v.is_integer() else v))
+
+    return " ".join(word for change in changes.items() for word in words(*change))
+
+
+def full_name(row: str, changes: dict[str, Any]) -> str:
+    """Of a row or a variant, as people read it: with its flags."""
+    return f"{row} {flags(changes)}".strip()
 
 
 # Settings that leave a run the same run: where it happens, and what at most moves the last bits of its numbers.

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import tyro
 
-from run_files import NOT_IDENTITY, UserError
+from run_files import NOT_IDENTITY, UserError, flag
 
 Compile = Literal["auto", "off", "default", "reduce-overhead", "max-autotune-no-cudagraphs"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -157,10 +157,6 @@ def resolve(cfg: Config) -> Config:
         "precision": cfg.precision or (protocol.precision if own_images else "auto"),
     }
     return dataclasses.replace(cfg, **decided)
-
-
-def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def settings(cfg: Config) -> dict[str, Any]:

@@ -156,3 +156,12 @@ def test_reliability_diagram_with_bins_that_do_not_merge():
     p, labels = random_case(n=500)
     figure = reliability_diagram(calibration_metrics(p, labels, n_bins=15))
     assert len(figure.axes[0].containers[0]) <= 15
+
+
+def test_a_long_title_stays_within_the_reliability_diagram():
+    metrics = calibration_metrics(*random_case(n=500))
+    figure = reliability_diagram(metrics, "kd_ensemble_avg_loss --lr 0.04 --weight-decay 0.0005" + 5 * " --alpha 0.2")
+    figure.draw_without_rendering()
+    box = figure.axes[0].title.get_window_extent()
+    assert "--weight-decay" in figure.axes[0].get_title()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1

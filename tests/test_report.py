@@ -299,9 +299,9 @@ def test_of_rows_of_ones_own_alone_the_published_table_is_left_out(tmp_path, cap
 def test_a_variant_is_labelled_by_the_flags_that_make_it():
     changes = {"flips": True, "share": False, "lr": 0.1, "weights": [1.0, 5.0], "name": "a b"}
     changes |= {"temperature": 37.28491823, "train_size": 1281167}  # as a sweep draws them, and to the last digit
-    row = Row("kd_cutmix", changes, "", "")
-    assert row.flags == (
-        "--flips --no-share --lr 0.1 --weights 1 5 --name 'a b' --temperature 37.28491823 --train-size 1281167"
+    assert Row("kd_cutmix", changes, "", "").label == (
+        "kd_cutmix --flips --no-share --lr 0.1 --weights 1 5 --name 'a b' --temperature 37.28491823 "
+        "--train-size 1281167"
     )
 
 

@@ -114,6 +114,7 @@ def test_a_finished_run_is_only_printed(tmp_path, monkeypatch):
     assert run_row("kd_cutmix", tmp_path)[0] == first
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
     text = common.summary(first, path)
+    assert text.startswith("kd_cutmix --epochs 1 --milestones 1 --train-size 96, protocol smoke, seed 0, digits\n")
     assert "published for the row, CIFAR-100" in text and "74.62%" in text
     assert f"{first['best']['accuracy']:.2%}" in text
     assert str(path / "result.json") in text and str(path / "reliability.png") in text

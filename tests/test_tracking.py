@@ -85,7 +85,8 @@ def test_an_offline_run_holds_everything(tmp_path):
     (run,) = of("run", found)
     teacher = Path(result["sources"][0])
     assert (run["project"], run["run_group"], run["job_type"]) == ("calibrated-distillation", "kd_augmix", "kd")
-    assert (run["display_name"], run["tags"]) == ("kd_augmix-smoke-s0", ["smoke", "digits"])
+    name = "kd_augmix-smoke-s0 --epochs 2 --milestones 2 --train-size 32"
+    assert (run["display_name"], run["tags"]) == (name, ["smoke", "digits"])
     config = run["config"]["update"]
     assert config["temperature"] == 50 and config["teacher"] == "teacher_augmix"
     assert config.items() >= result["settings"].items()
