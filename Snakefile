@@ -38,6 +38,8 @@ if not str(config.get("seeds", 3)).isdecimal() or "seed" in config:
     raise WorkflowError("--config: it is seeds=3, a number, for seeds 0, 1 and 2; a single seed is run by its recipe, with --seed")
 if not str(config.get("jobs_per_gpu", 1)).isdecimal() or int(config.get("jobs_per_gpu", 1)) < 1:
     raise WorkflowError("--config: it is jobs_per_gpu=2, a number from 1, for two runs on each GPU")
+if "overwrite" in config:  # it would delete the log that a run is writing to
+    raise WorkflowError("--config: overwrite is for a recipe alone; here it is -R kd_cutmix, or -F for all rows")
 SEEDS = range(int(config.get("seeds", 3)))
 ONE_GPU = [sys.executable, str(common.ROOT / "one_gpu.py"), str(config.get("jobs_per_gpu", 1))]
 WEIGHTS, PROBABILITIES = "model.safetensors", "probabilities.npz"
@@ -135,9 +137,14 @@ for (row, flags), (run, path) in JOBS.items():
             "exec {params.command} --seed {wildcards.seed} > {log:q} 2>&1"
 
 
+def last_line(log):
+    return (log.read_text().splitlines() or [""])[-1]
+
+
 onerror:
     for path, seed in [(path, seed) for _, path in JOBS.values() for seed in SEEDS]:
         folder = Path(path.format(seed=seed))
         if (folder / "run.log").is_file() and not (folder / "result.json").is_file():
-            last_line = ((folder / "run.log").read_text().splitlines() or [""])[-1]
-            print(f"not finished: {folder}: {last_line}", file=sys.stderr)
+            print(f"not finished: {folder}: {last_line(folder / 'run.log')}", file=sys.stderr)
+    if all(Path(result).is_file() for result in RESULTS) and (REPORT / "report.log").is_file():
+        print(f"not whole: {REPORT / 'table.md'}: {last_line(REPORT / 'report.log')}", file=sys.stderr)

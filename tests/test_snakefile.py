@@ -98,6 +98,7 @@ def test_variants_and_settings(snakemake):
     for config in ("jobs_per_gpu=0", "jobs_per_gpu=two"):
         assert "--config: it is jobs_per_gpu=2, a number from 1" in snakemake("-n", config=config)
     assert "--config: " in (output := snakemake("-n", config="lr=1")) and "--lr" in output
+    assert "--config: overwrite is for a recipe alone" in snakemake("-n", config="overwrite=true")
 
 
 README = re.findall("^uv run .* snakemake .*", (ROOT / "README.md").read_text(), re.M)
@@ -135,6 +136,18 @@ def test_results_without_weights_are_results(snakemake, built):
     Path("results/smoke/kd_cutmix/seed1/result.json").unlink()
     jobs = planned(snakemake("-n"))
     assert jobs == dict.fromkeys({"table", *ROWS} - {"student_baseline"}, 1)
+
+
+def test_damaged_runs_are_named_and_cost_no_table(built):
+    """Here all of them are, being empty."""
+    table = Path("results/smoke/table.md")
+    table.unlink()
+    command = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--cores", "1"]
+    command += ["--config", "protocol=smoke", "wandb_mode=disabled", "seeds=2"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert re.search(rf"not whole: {table}: skipped: results/smoke/\S+ is not a whole result", run.stderr)
+    assert "0 of 16 rows are there" in table.read_text()
 
 
 def test_published_files_are_built_upon(snakemake, built):
