@@ -2,17 +2,18 @@
 operating system asks for it."""
 
 import ast
+import dataclasses
 import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
-from run_files import UserError
+from run_files import UserError, flag
 
 Settings = TypeVar("Settings")
 
@@ -32,12 +33,13 @@ class Interrupted(BaseException):
 def parse(config: type[Settings], description: str | None = None, args: Sequence[str] | None = None) -> Settings:
     """Settings, a dataclass whose field docstrings are the help, from a command line.
 
-    A W&B agent's way with words is understood too: `--seeds=[0, 1]` for a list, `--overwrite=True` for a flag.
+    A W&B agent's way with words is understood too: `--seeds=[0, 1]` for a list, `--overwrite=True` for a switch.
 
     Raises:
         UserError: what tyro says is wrong, in one line.
     """
-    args = [part for word in (sys.argv[1:] if args is None else args) for part in _words(word)]
+    defaults = {flag(field.name): field.default for field in dataclasses.fields(config)}
+    args = [part for word in (sys.argv[1:] if args is None else args) for part in _words(word, defaults)]
     captured = StringIO()
     try:
         with redirect_stderr(captured):
@@ -52,13 +54,14 @@ def parse(config: type[Settings], description: str | None = None, args: Sequence
         raise UserError(text.strip("─- ")) from None
 
 
-def _words(word: str) -> list[str]:
-    """A word of an agent's command line as the words that a person would type."""
+def _words(word: str, defaults: dict[str, Any]) -> list[str]:
+    """A word of an agent's command line as the words that a person would type. Of a switch there is one alone: what
+    turns it from its default."""
     name, _, value = word.partition("=")
     if not name.startswith("--"):
         return [word]
-    if value in ("True", "False"):
-        return [name] if value == "True" else []
+    if isinstance(default := defaults.get(name.replace("_", "-")), bool) and value in ("True", "False"):
+        return [] if value == str(default) else [f"--no-{name[2:]}" if default else name]
     if value.startswith("["):
         try:
             return [name, *map(str, ast.literal_eval(value))]

@@ -5,6 +5,7 @@ import os
 import runpy
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,18 @@ def test_an_agents_words_are_understood():
     assert read("student_baseline", {"milestones": [1, 2], "val_size": None}).milestones == (1, 2)
     with pytest.raises(UserError, match="--milestones"):
         read("student_baseline", {"milestones": ["x"]})
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_an_agents_switch_is_what_it_says_whatever_the_default(value):
+    @dataclass
+    class Settings:
+        on: bool = True
+        turned_off: bool = False
+        name: str = ""
+
+    cfg = common.parse(Settings, args=[f"--on={value}", f"--turned_off={value}", f"--name={value}"])
+    assert (cfg.on, cfg.turned_off, cfg.name) == (value, value, str(value))
 
 
 @pytest.mark.parametrize(("words", "message"), [(["--row", "kd_nope"], "no recipe kd_nope"), ([], "given by --row")])
