@@ -59,7 +59,8 @@ class Config:
     readme: Path | None = None
     """file whose table is refreshed; without it README.md, for the repository's own results only"""
     wandb: str | None = None
-    """entity/project in Weights & Biases: build a report there, of its runs"""
+    """entity/project in Weights & Biases: build a report there, of its runs, with the table of --protocol or, without
+    it, that of README.md"""
 
 
 # 1. Tables -----------------------------------------------------------------------------------------------
@@ -471,11 +472,13 @@ def main(cfg: Config) -> int:
     own = cfg.results_dir.resolve() == ROOT / "results"
     if readme := cfg.readme or (ROOT / "README.md" if own else None):
         outdated += refresh_readme(readme, readme_block(shown, rows), cfg.check)
+        problems += [problem for problem in reports[shown].problems if problem not in problems] if shown else []
 
     if cfg.wandb and not cfg.check:
         from wandb_report import publish
 
-        print(f"report: {publish(cfg.wandb, shown, rows)}")
+        published = (cfg.protocol, reports[cfg.protocol].table) if cfg.protocol else (shown, rows)
+        print(f"report: {publish(cfg.wandb, *published)}")
     for line in problems:
         print(f"skipped: {line}", file=sys.stderr)
     for line in outdated:

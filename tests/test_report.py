@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -402,6 +403,27 @@ def test_readme_shows_the_table_with_most_rows_and_nothing_else_changes(tmp_path
     readme.write_text("no markers\n")
     assert run(results, readme=readme) == 0
     assert readme.read_text() == "no markers\n" and "left as it is" in capsys.readouterr().err
+
+
+def test_a_damaged_result_of_the_readmes_table_is_named_whichever_protocol_is_reported(tmp_path, results, capsys):
+    make_run(results, "kd_mixup", protocol="smoke", dataset="digits")
+    readme = tmp_path / "README.md"
+    readme.write_text(MARKED)
+    assert run(results, readme=readme, protocol="smoke") == 0
+    damaged = results / "short" / "kd_cutmix" / "seed0" / "result.json"
+    damaged.write_text(damaged.read_text()[:-100])
+    for check in (True, False):
+        assert run(results, readme=readme, protocol="smoke", check=check) == 1
+        assert capsys.readouterr().err.count(f"{damaged} is damaged") == 1
+
+
+def test_the_table_in_wandb_is_that_of_the_protocol_that_is_asked_for(results, monkeypatch, capsys):
+    make_run(results, "kd_mixup", protocol="smoke", dataset="digits")
+    publish = SimpleNamespace(publish=lambda target, protocol, rows: f"{protocol}: {sum(bool(r.runs) for r in rows)}")
+    monkeypatch.setitem(sys.modules, "wandb_report", publish)
+    assert run(results, wandb="me/project") == run(results, wandb="me/project", protocol="smoke") == 0
+    out = capsys.readouterr().out
+    assert "report: short: 2\n" in out and "report: smoke: 1\n" in out
 
 
 def test_of_each_row_the_settings_are_shown_that_held_out_images_chose(tmp_path, no_figures):
