@@ -60,14 +60,17 @@ def member_of(cfg: Config, source: str, digest: str | None) -> Path | None:
 
 @functools.cache
 def predict(cfg: Config, folder: Path) -> Tensor | None:
-    """Softmax outputs of a finished run for the test images, (N, classes) float32; None if its weights are not here.
+    """Softmax outputs of a finished run for the test images, (N, classes) float32; None if its weights, or those of an
+    ensemble's members in their mean, are not here.
 
     Raises:
         UserError: weights or images are not those of the run.
     """
     result = read_result(folder)
     if result["model"] is None:
-        weights, mean = result["settings"]["weights"], 0
+        weights, mean = result["settings"].get("weights"), 0
+        if weights is None:  # written into a recipe of one's own
+            return None
         digests = result.get("source_digests") or [None] * len(weights)  # which older results lack
         for source, digest, weight in zip(result["sources"], digests, weights, strict=True):
             member = member_of(cfg, source, digest)
@@ -94,7 +97,10 @@ def main(cfg: Config) -> int:
     wrong, finished = 0, {}
     for folder in folders:
         try:
-            finished[folder] = read_run(folder).result["last"]
+            result = read_run(folder).result
+            if result["protocol"] not in common.PROTOCOLS:
+                raise UserError(f"{folder}: there is no protocol {result['protocol']} any more")
+            finished[folder] = result["last"]
         except UserError as error:
             print(error)
             wrong += 1

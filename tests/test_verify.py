@@ -79,6 +79,17 @@ def test_a_damaged_result_costs_no_other(results, capsys):
     assert status == 1 and lines[-1].startswith("3 of 4") and "result.json is damaged" in "".join(lines)
 
 
+def test_what_cannot_be_verified_costs_no_other(results, capsys):
+    """An ensemble whose weights are in its recipe, and a run of a protocol that is no more."""
+    edit(results, "student_ensemble", lambda result: result["settings"].pop("weights"))
+    shutil.copytree(results / "smoke" / "teacher_baseline", results / "old" / "teacher_baseline")
+    for file in results.glob("old/*/*/result.json"):
+        file.write_text(file.read_text().replace('"protocol": "smoke"', '"protocol": "old"'))
+    status, lines = verified(results, capsys)
+    assert status == 1 and lines[-1] == "3 of 4 runs are what their weights say; of 1 more the weights are not here"
+    assert "there is no protocol old" in "".join(lines)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"device": "cuda"}, "--device cuda: torch sees no GPU"), ({"data_dir": Path("a_file/no")}, "--data-dir")],
