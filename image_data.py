@@ -11,7 +11,6 @@ import shutil
 import socket
 import sys
 import tempfile
-import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -40,7 +39,6 @@ class Dataset:
     has taken them from the training images.
     """
 
-    name: str
     classes: tuple[str, ...]
     train_images: Tensor
     train_labels: Tensor
@@ -64,7 +62,7 @@ class Dataset:
         return digest.hexdigest()
 
     def to(self, device: torch.device) -> "Dataset":
-        return Dataset(self.name, self.classes, *(tensor.to(device) for tensor in self.tensors))
+        return Dataset(self.classes, *(tensor.to(device) for tensor in self.tensors))
 
     def train_subset(self, size: int) -> "Dataset":
         """The same dataset with `size` training images, as evenly over the classes as they divide.
@@ -131,13 +129,13 @@ def load_dataset(name: str, data_dir: Path, image_size: int = 32) -> Dataset:
 
     listing = _listing(data_dir, ["train", "test"] if is_folder else ["cifar-100-python"])
     cache = data_dir / f"{name}-{image_size}px.npz"
-    dataset = _read_cache(cache, name, listing)
+    dataset = _read_cache(cache, listing)
     if dataset is None:
         # Of runs that start side by side one decodes and the others wait for its cache, unless there can be none.
         with locked(cache) if os.access(data_dir, os.W_OK) else nullcontext():
-            dataset = _read_cache(cache, name, listing)
+            dataset = _read_cache(cache, listing)
             if dataset is None:
-                dataset = _read_folder(name, data_dir, image_size) if is_folder else _read_torchvision(data_dir)
+                dataset = _read_folder(data_dir, image_size) if is_folder else _read_torchvision(data_dir)
                 if name == "cifar100" and dataset.fingerprint != CIFAR100_FINGERPRINT:
                     raise UserError(
                         f"{data_dir} is not CIFAR-100: {len(dataset.train_labels)} training and "
@@ -166,7 +164,7 @@ def _listing(root: Path, folders: list[str]) -> str:
     return digest.hexdigest()
 
 
-def _read_cache(path: Path, name: str, listing: str) -> Dataset | None:
+def _read_cache(path: Path, listing: str) -> Dataset | None:
     try:
         with np.load(path) as arrays:
             if str(arrays["listing"]) != listing:
@@ -174,8 +172,8 @@ def _read_cache(path: Path, name: str, listing: str) -> Dataset | None:
             tensors = [
                 torch.from_numpy(arrays[key]) for key in ("train_images", "train_labels", "test_images", "test_labels")
             ]
-            return Dataset(name, tuple(arrays["classes"].tolist()), *tensors)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return Dataset(tuple(arrays["classes"].tolist()), *tensors)
+    except Exception:  # zipfile raises many kinds
         return None  # not there, or not whole: the images themselves are read again
 
 
@@ -190,13 +188,13 @@ def _write_cache(path: Path, dataset: Dataset, listing: str) -> None:
         print(f"warning: the decoded images are not cached, so every start decodes them: {error}", file=sys.stderr)
 
 
-def _sorted_dataset(name: str, classes: Sequence[str], splits: Sequence[tuple[np.ndarray, np.ndarray]]) -> Dataset:
+def _sorted_dataset(classes: Sequence[str], splits: Sequence[tuple[np.ndarray, np.ndarray]]) -> Dataset:
     """From (images (N, H, W, 3) uint8, labels (N,)) for train and test."""
     tensors = []
     for images, labels in splits:
         order = sorted(range(len(labels)), key=lambda i: (labels[i], images[i].tobytes()))
         tensors += [torch.from_numpy(images[order].transpose(0, 3, 1, 2).copy()), torch.from_numpy(labels[order])]
-    return Dataset(name, tuple(classes), *tensors)
+    return Dataset(tuple(classes), *tensors)
 
 
 def _read_digits() -> Dataset:
@@ -209,9 +207,8 @@ def _read_digits() -> Dataset:
         [np.asarray(image.convert("RGB").resize((16, 16), Image.Resampling.BILINEAR)) for image in images]
     )
     labels, test = digits.target.astype(np.int64), np.arange(len(images)) % 5 == 0
-    return _sorted_dataset(
-        "digits", [str(i) for i in range(10)], [(images[~test], labels[~test]), (images[test], labels[test])]
-    )
+    splits = [(images[~test], labels[~test]), (images[test], labels[test])]
+    return _sorted_dataset([str(i) for i in range(10)], splits)
 
 
 def read_image(file: str | Path, size: int) -> Tensor:
@@ -263,7 +260,7 @@ def _find_images(root: Path) -> dict[str, list[str]]:
     return dict(sorted(classes.items()))
 
 
-def _read_folder(name: str, data_dir: Path, image_size: int) -> Dataset:
+def _read_folder(data_dir: Path, image_size: int) -> Dataset:
     train, test = (_find_images(data_dir / split) for split in ("train", "test"))
     if train.keys() != test.keys():
         odd = sorted(train.keys() ^ test.keys())
@@ -281,7 +278,7 @@ def _read_folder(name: str, data_dir: Path, image_size: int) -> Dataset:
         splits.append((images, np.repeat(np.arange(len(found)), [len(files) for files in found.values()])))
     (_, train_labels), (_, test_labels) = splits
     print(f"{data_dir}: {len(train_labels):,} training and {len(test_labels):,} test images of {len(train)} classes")
-    return _sorted_dataset(name, list(train), splits)
+    return _sorted_dataset(list(train), splits)
 
 
 def _read_torchvision(data_dir: Path) -> Dataset:
@@ -295,7 +292,7 @@ def _read_torchvision(data_dir: Path) -> Dataset:
             f"{folder} is incomplete or damaged: delete it to download it again, or name another --data-dir"
         ) from None
     splits = [(split.data, np.array(split.targets, np.int64)) for split in (train, test)]
-    return _sorted_dataset("cifar100", train.classes, splits)
+    return _sorted_dataset(train.classes, splits)
 
 
 def _download_cifar100(data_dir: Path) -> None:

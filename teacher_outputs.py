@@ -6,7 +6,6 @@ teacher, 4 bytes a logit, 20 MB for the 50,000 images of CIFAR-100.
 """
 
 import os
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,6 +54,6 @@ class EpochOutputs:
         try:
             with np.load(self.file) as arrays:
                 logits = torch.from_numpy(arrays["logits"])
-        except (FileNotFoundError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except Exception:  # zipfile raises many kinds
             return None
         return logits if logits.dtype == torch.float32 and len(logits) == self.images else None

@@ -146,11 +146,14 @@ def test_a_task_of_ones_own_shares_nothing_and_trains():
     assert losses["train_loss"] > 0
 
 
-@pytest.mark.parametrize("content", [b"", b"no zip", "other size", "float64", "other name", "pickle"])
+@pytest.mark.parametrize("content", [b"", b"no zip", "version of zip", "other size", "float64", "other name", "pickle"])
 def test_what_is_no_such_file_is_computed_anew(tmp_path, content):
     file = tmp_path / "epoch001.npz"
     if isinstance(content, bytes):
         file.write_bytes(content)
+    elif content == "version of zip":
+        np.savez(file, logits=np.zeros((6, 3), np.float32))
+        file.write_bytes(file.read_bytes().replace(b"\x2d\x00", b"\x6d\x00"))
     else:
         arrays = {
             "other size": dict(logits=np.zeros((5, 3), np.float32)),

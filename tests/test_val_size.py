@@ -20,7 +20,7 @@ def dataset():
     labels = torch.arange(3).repeat_interleave(torch.tensor([300, 200, 100]))
     images = torch.stack([torch.arange(600) // 256, torch.arange(600) % 256, torch.zeros(600)], 1).to(torch.uint8)
     images = images[:, :, None, None].repeat(1, 1, 16, 16)
-    return Dataset("folder", ("a", "b", "c"), images, labels, images[:30], labels[:30])
+    return Dataset(("a", "b", "c"), images, labels, images[:30], labels[:30])
 
 
 def numbers(images):
