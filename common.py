@@ -4,7 +4,7 @@ A recipe (`recipes/<row>.py`) says what is trained and on what objective. This m
 the device, augments whole batches there, trains, evaluates after every epoch, and leaves a folder of results that the
 same command resumes, reprints or builds upon. Parts with a life of their own are modules beside it, named for what they
 are: `run_settings`, `cifar_models`, `image_data`, `augmentation`, `objectives`, `training`, `data_parallel`,
-`teacher_outputs`, `calibration`, `tracking`, `checkpoint`, `run_files`, `command_line`.
+`teacher_outputs`, `calibration`, `consistency`, `tracking`, `checkpoint`, `run_files`, `command_line`.
 """
 
 import bisect

@@ -117,13 +117,13 @@ def _mean_sd(row: Row, metric: str) -> str:
     return plus_minus(metric, row.statistic("best", metric), " ± ")
 
 
-def _pooled_bins(row: Row, drawn: int = 20) -> np.ndarray:
-    """Counts, right answers and summed confidence (3, drawn) over the test images of all seeds at the best epoch."""
+def _pooled_bins(row: Row) -> np.ndarray:
+    """Counts, right answers and summed confidence (3, 20) over the test images of all seeds at the best epoch."""
     total = 0
     for run in row.runs:
         count, accuracy, confidence = (np.array([b[k] for b in run.bins]) for k in ("count", "accuracy", "confidence"))
         total = total + np.stack([count, count * accuracy, count * confidence])
-    return total.reshape(3, drawn, -1).sum(2)
+    return total.reshape(3, 20, -1).sum(2)
 
 
 def reliability(rows: Sequence[Row]) -> Figure:

@@ -28,7 +28,6 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-import tyro
 from PIL import Image
 from timm.loss import JsdCrossEntropy
 from torch import Tensor, nn
@@ -44,6 +43,7 @@ import common
 from augmix import TimmAugMix
 from calibration import calibration_metrics
 from cifar_models import CIFAR_MEAN, CIFAR_STD
+from command_line import orderly_end, parse
 from training import Compile, Precision
 
 # (name, recipe, what the reference does to a batch, further settings)
@@ -451,7 +451,7 @@ def report(lines: list[dict], starts: tuple[float, float], cfg: Config) -> str:
 
 
 def main() -> None:
-    cfg = tyro.cli(Config, description=__doc__)
+    cfg = parse(Config, __doc__)
     text = report(ratios(cfg), start_up(cfg.repeats), cfg)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = common.hardware(device) + (f" compile {cfg.compile}" if cfg.compile != "auto" else "")
@@ -462,4 +462,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with orderly_end():
+        main()

@@ -9,8 +9,8 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -277,14 +277,14 @@ def test_the_second_waits_says_for_whom_and_takes_the_result(tmp_path, capsys, m
     result = (folder / "result.json").rename(tmp_path / "result.json")  # not finished yet
     code = f"import run_files, pathlib\nwith run_files.locked(pathlib.Path({str(folder)!r})): print('held'); input()"
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    pool = ThreadPoolExecutor(1)
     try:
         assert holder.stdout.readline() == b"held\n"
         monkeypatch.setattr(common.Run, "_train", lambda *args: pytest.fail("trained a second time"))
-        second = threading.Thread(target=run_row, args=("student_baseline", tmp_path))
-        second.start()
+        second = pool.submit(run_row, "student_baseline", tmp_path)
         out = ""
         while "waiting" not in out:
-            assert second.is_alive()
+            assert not second.done()
             time.sleep(0.05)
             out += capsys.readouterr().out
         assert re.search(rf"process {holder.pid} on \S+ is at work in {folder}: waiting for it", out)
@@ -292,8 +292,7 @@ def test_the_second_waits_says_for_whom_and_takes_the_result(tmp_path, capsys, m
     finally:
         holder.kill()  # a dead process holds no lock
         holder.wait()
-    second.join(60)
-    assert not second.is_alive()
+    assert second.result(60)[1] == folder
     with locked(folder):
         assert (folder.parent / f".{folder.name}.lock").read_text().startswith(f"{os.getpid()}\n")
 
