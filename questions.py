@@ -56,7 +56,7 @@ QUESTIONS = (
         PASSING, CALIBRATED, "kd_vanilla", (ECE, ECE_SCALED),
     ),
     Question(
-        "Is a taught student better than the plain one with one temperature fitted to it?",
+        "Is a taught student better than the untaught one with one temperature fitted to it?",
         (*TAUGHT_BY, *OF_SEVERAL), "student_baseline", (ACCURACY, ECE_THAN_SCALED, ECE_SCALED),
     ),
     Question("Are four calibrated teachers better than the plain one?", OF_SEVERAL, "kd_vanilla", (ACCURACY, ECE)),
