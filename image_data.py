@@ -148,8 +148,12 @@ def load_dataset(name: str, data_dir: Path, image_size: int = 32) -> Dataset:
 
 def _files(root: Path) -> list[str]:
     """All files below a folder, behind links too, in order. Not the hidden ones that macOS and notebooks leave."""
+
+    def refuse(error: OSError) -> None:  # else the images in there would be left out without a word
+        raise UserError(f"{error.filename} cannot be read: {error.strerror} (--data-dir)")
+
     found = []
-    for parent, folders, files in os.walk(root, followlinks=True):
+    for parent, folders, files in os.walk(root, onerror=refuse, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [os.path.join(parent, name) for name in files if not name.startswith(".")]
     return sorted(found)
@@ -230,7 +234,7 @@ def read_image(file: str | Path, size: int) -> Tensor:
                 raise ValueError(f"its pixels are of mode {image.mode}: convert it to 8 bits a channel")
             image = ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL raises each of them
-        raise UserError(f"cannot read the image {file}: {error}") from None
+        raise UserError(f"cannot read the image {file}: {error}: replace it, or take it away") from None
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -263,10 +267,9 @@ def _find_images(root: Path) -> dict[str, list[str]]:
 def _read_folder(data_dir: Path, image_size: int) -> Dataset:
     train, test = (_find_images(data_dir / split) for split in ("train", "test"))
     if train.keys() != test.keys():
-        odd = sorted(train.keys() ^ test.keys())
-        raise UserError(
-            f"train and test in {data_dir} differ in their class folders: {', '.join(odd[:5])} (--data-dir)"
-        )
+        odd = {"test": sorted(train.keys() - test.keys()), "train": sorted(test.keys() - train.keys())}
+        lacking = [f"{data_dir / split} has no images of {', '.join(odd[split][:5])}" for split in odd if odd[split]]
+        raise UserError(f"train and test differ in their class folders: {'; '.join(lacking)} (--data-dir)")
     if len(train) == 1:
         raise UserError(f"{data_dir} has images of one class, {min(train)}: nothing to tell apart (--data-dir)")
     splits = []
