@@ -60,8 +60,8 @@ def _words(word: str, defaults: dict[str, Any]) -> list[str]:
     name, _, value = word.partition("=")
     if not name.startswith("--"):
         return [word]
-    if isinstance(default := defaults.get(name.replace("_", "-")), bool) and value in ("True", "False"):
-        return [] if value == str(default) else [f"--no-{name[2:]}" if default else name]
+    if isinstance(default := defaults.get(name.replace("_", "-")), bool) and value.title() in ("True", "False"):
+        return [] if value.title() == str(default) else [f"--no-{name[2:]}" if default else name]
     if value.startswith("["):
         try:
             return [name, *map(str, ast.literal_eval(value))]

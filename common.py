@@ -115,7 +115,8 @@ def _shared_dataset(
     if val:
         dataset = dataset.hold_out(*val)
     if train_size and train_size > len(dataset.train_labels):
-        raise UserError(f"--train-size must be at most {len(dataset.train_labels)}, not {train_size}")
+        left = f" with --val-size {val[0]}" if val else ""
+        raise UserError(f"--train-size must be at most {len(dataset.train_labels)}{left}, not {train_size}")
     return (dataset.train_subset(train_size) if train_size else dataset).to(device)
 
 
@@ -145,15 +146,21 @@ def run_row(row: str, main: Callable, cfg: Config) -> dict[str, Any]:
 @functools.cache
 def load_recipe(row: str) -> Callable:
     """The `main` of `recipes/<row>.py`."""
+    known = sorted(path.stem for path in RECIPES.glob("[!_]*.py"))
+    if row not in known:  # not a path to elsewhere either: what it names would be run
+        if Path(row).is_dir():
+            raise UserError(f"{row} is not the folder of a finished run: it has no result.json")
+        near = difflib.get_close_matches(row, known, 1)
+        all_of_them = f"it should be one of {', '.join(known)}, or the folder of a finished run"
+        raise UserError(f"there is no recipe {row}: {f'did you mean {near[0]}?' if near else all_of_them}")
     path = RECIPES / f"{row}.py"
-    if path not in RECIPES.glob("[!_]*.py"):  # not a path to elsewhere either: what it names would be run
-        known = ", ".join(sorted(p.stem for p in RECIPES.glob("[!_]*.py")))
-        raise UserError(f"there is no recipe {row}: it should be one of {known}, or the folder of a finished run")
     if str(RECIPES) not in sys.path:  # where a recipe finds what it shares with others, as `recipes/_shared.py`
         sys.path.append(str(RECIPES))
     spec = importlib.util.spec_from_file_location(f"recipes.{row}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if not hasattr(module, "main"):
+        raise UserError(f"{path} has no main, as a row has: what recipes share is called _{row}.py")
     return module.main
 
 
@@ -256,7 +263,7 @@ class Run:
         """Evaluate the weighted mean of the softmax outputs of finished rows: `best` of their best epochs, `last` of
         their last, `selected` of those. Members that are not there yet are trained first, as `teacher` does."""
         if len(rows) != len(weights) or sum(weights) <= 0:
-            raise UserError(f"--weights takes {len(rows)} numbers, one for each of --members, not all 0")
+            raise UserError(f"--weights takes as many numbers as there are --members, {len(rows)}, not all 0")
         members = self._finished(rows, "probabilities.npz")
         with self._turn() as mine:
             if mine:
@@ -554,7 +561,7 @@ class Run:
         if file := data_parallel.from_first(lambda: run.find(needed)):
             run.warn_of_edits(read_result(file.parent))
             if file.parent != run.path:
-                print(f"{self.row} takes {row} as published, from {file.parent} (--teacher-from train trains it)")
+                print(f"{self.row} takes {row} from {file.parent} (--teacher-from train trains it)")
             return file
         run.wanted_by = [*self.wanted_by, self.path]
         if run.path in run.wanted_by:
@@ -572,8 +579,10 @@ class Run:
         if not file.is_file():
             raise UserError(f"{source} has a result.json but no {file.name}: name another run, or a row to train")
         if result["classes"] != list(self.data.classes):
+            new = [name for name in self.data.classes if name not in result["classes"]]
             raise UserError(
-                f"{source} knows {len(result['classes'])} classes, not the {self.num_classes} of {self.cfg.dataset}"
+                f"{source} knows {len(result['classes'])} classes, not the {self.num_classes} of {self.cfg.dataset}: "
+                + (f"it has never seen {', '.join(new[:5])}" if new else "it has more")
             )
         if result["fingerprint"] != self.data.fingerprint:
             names = ("dataset", "image_size", "train_size", "val_size")

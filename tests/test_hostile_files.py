@@ -89,7 +89,7 @@ RESULTS = {
     "no model": ({"model": None}, "model that timm does not know"),
     "another model": ({"model": "resnet18"}, "does not fit resnet18"),
     "classes that are a number": ({"classes": 10}, "is no result, for its classes"),
-    "other classes": ({"classes": ["a", "b"]}, "knows 2 classes, not the 10 of digits"),
+    "other classes": ({"classes": ["a", "b"]}, "knows 2 classes, not the 10 of digits: it has never seen 0, 1"),
     "other images": ({"fingerprint": "0"}, "was trained on other images"),
     "seed as text": ({"seed": "../../.."}, "is no result, for its seed"),
     "no digests": ({"files": {}}, "is damaged, for it is not what result.json describes"),

@@ -495,6 +495,9 @@ def test_recipes_share_a_module_beside_them(recipes):
     assert common.load_recipe("own")(None, None) == 7
     with pytest.raises(UserError, match="there is no recipe _shared: it should be one of own, or"):
         common.load_recipe("_shared")
+    (recipes / "_shared.py").rename(recipes / "shared.py")
+    with pytest.raises(UserError, match=r"shared\.py has no main, .* what recipes share is called _shared\.py"):
+        common.load_recipe("shared")
 
 
 OWN_NETWORK = """

