@@ -7,6 +7,7 @@ setting that a row hands on (`protocol`, `data_dir`, `val_size`, ...: `common.Co
 recipe: the fields `teacher`, `teachers` and `members` of its settings are asked. docs/cluster.md has the rest.
 """
 
+import dataclasses
 import re
 import shlex
 import signal
@@ -34,6 +35,8 @@ def words(name, value):
 
 
 FLAGS = [word for name, value in config.items() if name not in OWN for word in words(name, value)]
+for name in config.keys() - OWN - {field.name for field in dataclasses.fields(common.Config)}:
+    raise WorkflowError(f"--config: {flag(name)} is no setting that a row hands on to those it builds upon")
 if not str(config.get("seeds", 3)).isdecimal() or "seed" in config:
     raise WorkflowError("--config: it is seeds=3, a number, for seeds 0, 1 and 2; a single seed is run by its recipe, with --seed")
 if not str(config.get("jobs_per_gpu", 1)).isdecimal() or int(config.get("jobs_per_gpu", 1)) < 1:

@@ -98,6 +98,8 @@ def test_variants_and_settings(snakemake):
     for config in ("jobs_per_gpu=0", "jobs_per_gpu=two"):
         assert "--config: it is jobs_per_gpu=2, a number from 1" in snakemake("-n", config=config)
     assert "--config: " in (output := snakemake("-n", config="lr=1")) and "--lr" in output
+    for unknown in ("share_teacher=false", "mirror=true"):
+        assert f"--config: --{unknown.split('=')[0].replace('_', '-')} is no setting" in snakemake("-n", config=unknown)
     assert "--config: overwrite is for a recipe alone" in snakemake("-n", config="overwrite=true")
 
 
