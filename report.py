@@ -483,6 +483,9 @@ def main(cfg: Config) -> int:
         print(f"skipped: {line}", file=sys.stderr)
     for line in outdated:
         print(f"{line}: uv run report.py brings it up to date", file=sys.stderr)
+    if any(cfg.results_dir.glob("*/seed*/result.json")):
+        folder = cfg.results_dir.resolve()
+        raise UserError(f"{folder} is of one protocol: --results-dir {folder.parent} --protocol {folder.name}")
     if not found and not (cfg.check and cfg.results_dir.is_dir()):
         raise UserError(
             f"there are no results in {cfg.results_dir} (--results-dir): run a row first, for example "

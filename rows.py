@@ -104,7 +104,7 @@ def trained_on(result: dict[str, Any]) -> str:
     settings = result["settings"]
     images = f"{settings['train_size']:,} images" if settings["train_size"] else "all"
     images += f" but {settings['val_size']:,}" if settings.get("val_size") and images == "all" else ""
-    return f"{settings['epochs']} epochs on {images} of {result['dataset']}"
+    return f"{settings['epochs']} epoch{'s' * (settings['epochs'] > 1)} on {images} of {result['dataset']}"
 
 
 def file_bytes(path: Path) -> bytes:

@@ -322,6 +322,8 @@ def test_nothing_to_report_says_what_to_run_first(tmp_path, results, monkeypatch
     for folder in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(UserError, match=r"uv run recipes/teacher_baseline.py"):
             run(folder)
+    with pytest.raises(UserError, match=rf"is of one protocol: --results-dir {results} --protocol short"):
+        run(results / "short")
     with pytest.raises(UserError, match=r"no results in"):
         run(tmp_path / "nowhere", check=True)
     with pytest.raises(UserError, match=r"protocol quick.*found: short"):
