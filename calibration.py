@@ -1,6 +1,7 @@
 """Calibration of a classifier, in numbers and in a picture."""
 
 import math
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -316,12 +317,14 @@ def reliability_diagram(metrics: CalibrationMetrics, title: str = ""):
     top.plot([0, 1], [0, 1], "--", color="0.3", linewidth=1)
     ece, oe = (f"{mean:.4f} ± {sd:.4f}" for mean, sd in by_chance)
     text = f"ECE {metrics.ece:.4f}, by chance {ece}\nOE {metrics.oe:.4f}, by chance {oe}"
-    top.set_title("\n".join([*textwrap.wrap(title, 38, break_on_hyphens=False), text]), fontsize="medium")
+    whole = re.sub(" (?!--|epoch )", "\N{NO-BREAK SPACE}", title)  # a flag and its value stay together
+    lines = (line.replace("\N{NO-BREAK SPACE}", " ") for line in textwrap.wrap(whole, 38, break_on_hyphens=False))
+    top.set_title("\n".join([*lines, text]), fontsize="medium")
     top.set(xlim=(0, 1), ylim=(0, 1), ylabel="Accuracy")
     bottom.bar((np.arange(len(n)) + 0.5) * width, n / n.sum(), color="0.55", edgecolor="white", **bar)
     bottom.axvline(metrics.accuracy, color=blue, linewidth=1.2, label="mean accuracy")
     bottom.axvline(mean_confidence, color=red, linewidth=1.2, linestyle="--", label="mean confidence")
-    bottom.set(xlabel="Confidence", ylabel="Share of images")
+    bottom.set(xlabel="Confidence", ylabel="Share")
     patches = [Patch(facecolor=blue, label="accuracy"), Patch(**gap, label="gap to confidence")]
     figure.legend(
         handles=[*patches, bars, *bottom.lines], loc="outside lower center", ncols=2, frameon=False, fontsize="small"

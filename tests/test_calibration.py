@@ -163,5 +163,5 @@ def test_a_long_title_stays_within_the_reliability_diagram():
     figure = reliability_diagram(metrics, "kd_ensemble_avg_loss --lr 0.04 --weight-decay 0.0005" + 5 * " --alpha 0.2")
     figure.draw_without_rendering()
     box = figure.axes[0].title.get_window_extent()
-    assert "--weight-decay" in figure.axes[0].get_title()
+    assert "kd_ensemble_avg_loss --lr 0.04\n--weight-decay 0.0005 --alpha 0.2\n" in figure.axes[0].get_title()
     assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
