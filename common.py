@@ -722,7 +722,7 @@ class Run:
             )
         metrics = calibration_metrics(arrays["best"], arrays["labels"])
         with atomic_write(self.path / "probabilities.npz") as file:
-            np.savez_compressed(file, **arrays)
+            np.savez(file, **arrays)  # compressed, a collapsed model's would look like a zip bomb to their reader
         save_log_probabilities(self.path, arrays)
         write_reliability(self.path, metrics, full_name(self.row, self.changes), choices["best"]["epoch"])
         result = {

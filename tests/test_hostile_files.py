@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,11 @@ def test_predictions_that_are_right(finished, tmp_path):
     logarithms = {"best": np.zeros((6, 1), np.float16), "last": np.log(predictions()["last"]).astype(np.float16)}
     np.savez_compressed(file, **predictions(**logarithms, labels=np.zeros(6, int)))
     assert load_probabilities(file)["last"].shape == (6, 3)
+
+
+def test_predictions_of_a_collapsed_model_are_never_taken_for_a_bomb(finished):
+    with zipfile.ZipFile(finished / "probabilities.npz") as archive:
+        assert all(entry.compress_size == entry.file_size for entry in archive.infolist())
 
 
 def mutations(data: bytes, count: int):
