@@ -20,9 +20,7 @@ import questions
 from command_line import orderly_end, parse
 from rows import (
     CHOICES,
-    COMPARABLE,
     FURTHER,
-    OTHER,
     PUBLISHED,
     Row,
     Run,
@@ -165,8 +163,9 @@ def _computed_on(result: dict[str, Any]) -> str:
 def notes(protocol: str, rows: Sequence[Row]) -> str:
     """What a reader has to know of the protocol before the numbers."""
     results = [run.result for row in rows for run in row.runs]
-    lines = [row for row in as_published(rows) if row.table != OTHER]
-    there = f"{sum(bool(row.runs) for row in lines)} of {len(lines)} rows are there" if lines else "rows of one's own"
+    lines = as_published(rows)
+    there = sum(bool(row.runs) for row in lines)
+    there = f"{there} of {len(lines)} rows are there" if there or not results else "rows of one's own"
     text = f"Protocol `{protocol}`: {there}"
     if not results:
         return f"{text}."
@@ -178,14 +177,14 @@ def notes(protocol: str, rows: Sequence[Row]) -> str:
     text += f", {training}, run on {hardware}; commit{'s' * (len(commits) > 1)} {', '.join(commits)}."
     if unlike := [f"`{row.label}` ({', '.join(row.unlike)})" for row in rows if row.unlike]:
         text += f" Runs of one row were not made alike: {'; '.join(unlike)}."
-    if protocol not in COMPARABLE:
+    if not any(row.comparable for row in rows):
         text += " Not comparable with the published numbers, which are of 500 epochs on all of cifar100."
     return text
 
 
 def markdown(protocol: str, rows: Sequence[Row], others: Sequence[Row], note: str = "") -> str:
     """The whole of table.md. `note` is what a person has to say of these runs."""
-    legend = LEGEND + BRACKETS * (protocol in COMPARABLE and bool(rows))
+    legend = LEGEND + BRACKETS * any(row.comparable for row in rows)
     parts = [f"# Results, protocol {protocol}", notes(protocol, rows or others), *filter(None, [note.strip()])]
     parts += [markdown_main_table(rows or others), legend.strip()]
     parts += filter(None, [questions.markdown(rows) if rows else ""])
@@ -206,7 +205,7 @@ def readme_block(protocol: str | None, rows: Sequence[Row]) -> str:
     """What stands between the two markers of README.md: published and ours, or without a protocol published alone."""
     if protocol is None:
         return f"The published numbers; `uv run report.py` puts ours beside them.\n\n{markdown_main_table(rows)}"
-    legend = LEGEND + BRACKETS * (protocol in COMPARABLE)
+    legend = LEGEND + BRACKETS * any(row.comparable for row in rows)
     more = f"Further metrics and figures: [results/{protocol}/table.md](results/{protocol}/table.md)."
     return "\n\n".join([notes(protocol, rows), markdown_main_table(rows), legend + more])
 
@@ -285,7 +284,7 @@ def terminal(protocol: str, rows: Sequence[Row], others: Sequence[Row], note: st
     for row in rows:
         out += block(row, list(main_lines(row)))
     explained = "Mean±standard deviation over the seeds"
-    if protocol in COMPARABLE and any(row.published for row in rows):
+    if any(row.comparable and row.published for row in rows):
         explained += "; then ours minus the published, * where that is more than two standard deviations or, with one "
         explained += "seed, than 0.5 points of accuracy or 0.015 of ECE or OE"
     explained += ". By chance: what a perfectly calibrated model with the confidences of `best` would have, and its "
@@ -411,7 +410,7 @@ def _compare(path: Path, old: str, new: str) -> list[str]:
 def for_readme(reports: dict[str, Report]) -> str | None:
     """The protocol on CIFAR-100 that has the most rows and, of these, trains longest; None where none has any."""
     names = [name for name in PROTOCOLS if name in reports and PROTOCOLS[name].dataset == "cifar100"]  # longest first
-    rows = {name: sum(bool(row.runs) for row in as_published(reports[name].table)) for name in names}
+    rows = {name: sum(row.as_its_protocol for row in as_published(reports[name].table)) for name in names}
     return max(filter(rows.get, rows), key=rows.get, default=None)
 
 

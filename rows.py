@@ -1,10 +1,12 @@
 """Finished runs, read and sorted into the lines of the table: what tables, figures and answers are made from."""
 
+import dataclasses
 import hashlib
 import json
 import math
 import os
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from run_files import (
     NOT_IDENTITY,
     UserError,
     atomic_write,
+    flags,
     full_name,
     load_probabilities,
     read_bins,
@@ -29,6 +32,7 @@ from run_files import (
     sha256,
     variant,
 )
+from run_settings import Config
 
 CHOICES = ("best", "last", "selected")
 PUBLISHED = ("accuracy", "ece", "oe")
@@ -36,6 +40,8 @@ CHANCE = {"accuracy": 0.005, "ece": 0.015, "oe": 0.015}  # what one seed's diffe
 # Protocols that train long enough to be held against the published numbers, which are of 500 epochs.
 COMPARABLE = ("paper", "short")
 OTHER = "Other runs"  # the table of those that the published ones do not have
+# Settings that a row hands on to its teachers, as `epochs`: where all rows have them alike, they are the table's.
+HANDED_ON = {setting.name for setting in dataclasses.fields(Config)} - NOT_IDENTITY
 FURTHER = {
     "ece_15": "ECE, 15 bins",
     "adaptive_ece": "adaptive ECE",
@@ -268,9 +274,14 @@ class Row:
         return {metric: Statistic(*map(float, pair)) for metric, pair in zip(("ece", "oe"), errors, strict=True)}
 
     @property
+    def as_its_protocol(self) -> bool:
+        """Whether there are runs, trained as their protocol says, but for images held out."""
+        return bool(self.runs) and not self.changes.keys() & HANDED_ON - {"val_size"}
+
+    @property
     def comparable(self) -> bool:
         """Whether there are runs, and all of them trained long enough to be held against the published numbers."""
-        return bool(self.runs) and all(run.result["protocol"] in COMPARABLE for run in self.runs)
+        return self.as_its_protocol and all(run.result["protocol"] in COMPARABLE for run in self.runs)
 
     def difference(self, choice: str, metric: str) -> tuple[float, bool] | None:
         """Ours minus the published number, where they are comparable, and whether that is `beyond_chance`."""
@@ -281,35 +292,46 @@ class Row:
 
 
 def sort_into_rows(runs: Sequence[Run]) -> tuple[list[Row], list[Row]]:
-    """The lines of the table, in the published order and empty where there are no runs yet; and other runs' lines.
+    """The lines of the table, in the published order; and other runs' lines.
 
-    Rows have their published numbers, unless no run is of CIFAR-100.
-
-    A line for runs with held-out images follows that of the same settings without, for they have fewer to learn from.
+    A table's rows may have settings of their own, all alike (`settings_of_most`). Below them are those that hold out
+    another number of images. Rows have their published numbers, unless no run is of CIFAR-100; without runs they are
+    empty lines, which images of one's own do without.
     """
-    table: list[Row] = []
-    others: list[Row] = []
-    elsewhere = bool(runs) and all(run.result["dataset"] != "cifar100" for run in runs)
-    for line in read_published():
-        numbers = {} if elsewhere else {metric: line[metric] for metric in PUBLISHED}
-        table.append(Row(line["row"], line["changes"], line["table"], line["technique"], numbers))
+    lines: dict[str, Row] = {}
     for run in sorted(runs, key=lambda run: run.result["seed"]):
-        name, changes = run.result["row"], run.result["changes"]
-        same = [row for row in table + others if row.row == name and row.changes == changes]
-        if not same:
-            without = {key: value for key, value in changes.items() if key != "val_size"}
-            like = [i for i, row in enumerate(table) if row.row == name and row.changes == without]
-            if like:
-                model = table[like[0]]
-                technique = f"{model.technique}, {changes['val_size']} images held out"
-                same = [Row(name, changes, model.table, technique, model.published)]
-                table.insert(like[0] + 1, same[0])
-            else:
-                same = [Row(name, changes, OTHER, "")]
-                others.append(same[0])
-        same[0].runs.append(run)
-    table = [row for row in table if row.runs or row.published or not row.changes]  # variants are there to be compared
+        row = Row(run.result["row"], run.result["changes"], OTHER, "")
+        lines.setdefault(row.label, row).runs.append(run)
+    published, table = read_published(), []
+    names = {line["row"] for line in published}
+    of_most = settings_of_most(row for row in lines.values() if row.row in names)
+    elsewhere = bool(runs) and all(run.result["dataset"] != "cifar100" for run in runs)
+    for line in published:
+        numbers = {} if elsewhere else {metric: line[metric] for metric in PUBLISHED}
+        changes = of_most | line["changes"]
+        like = [row for row in lines.values() if row.row == line["row"] and _but_for(of_most, row) == line["changes"]]
+        if not any(row.changes == changes for row in like) and (numbers or not changes):
+            like.append(Row(line["row"], changes, "", ""))
+        for row in sorted(like, key=lambda row: (row.changes != changes, row.label)):
+            added = {name: value for name, value in row.changes.items() if name not in line["changes"]}
+            row.changes, row.technique = row.changes | line["changes"], f"{line['technique']} {flags(added)}".strip()
+            row.table, row.published = line["table"], numbers
+            table.append(row)
+    others = [row for row in lines.values() if row.table == OTHER]
     return table, sorted(others, key=lambda row: (row.row, row.label))
+
+
+def settings_of_most(rows: Iterable[Row]) -> dict[str, Any]:
+    """What the rows of a table have otherwise than their protocol, as after `snakemake --config epochs=60`: of settings
+    that rows hand on to their teachers, what most rows have; {} where as many have nothing."""
+    counts = Counter(json.dumps(row.changes) for row in rows if row.runs and row.changes.keys() <= HANDED_ON)
+    most = min(counts, key=lambda changes: (-counts[changes], len(json.loads(changes)), changes), default="{}")
+    return json.loads(most)
+
+
+def _but_for(of_most: dict[str, Any], row: Row) -> dict[str, Any]:
+    """What a row has otherwise than the table's rows, but for images held out."""
+    return {k: v for k, v in row.changes.items() if k != "val_size" and (k, v) not in of_most.items()}
 
 
 def best_settings(rows: Iterable[Row]) -> list[tuple[Row, int]]:
@@ -334,12 +356,8 @@ def best_settings(rows: Iterable[Row]) -> list[tuple[Row, int]]:
 
 
 def as_published(table: Sequence[Row]) -> list[Row]:
-    """A line for each row of the published table, without variants: those with held-out images where no run is without,
-    for the two have not trained on the same images; and of these, those of the number that the most rows have."""
-    plain = [row for row in table if not row.changes]
-    held_out = [row for row in table if row.changes.keys() == {"val_size"}]
-    if any(row.runs for row in plain) or not held_out:
-        return plain
-    number_of_images = statistics.mode(sorted(row.changes["val_size"] for row in held_out))
-    same = {row.row: row for row in held_out if row.changes["val_size"] == number_of_images}
-    return [same.get(row.row, row) for row in plain]
+    """A line for each row of the published table, without variants: all with the same settings and images."""
+    of_most = settings_of_most(table)
+    there = {row.row: row for row in table if row.changes == of_most}
+    lines = [line for line in read_published() if not line["changes"]]
+    return [there.get(line["row"]) or Row(line["row"], of_most, line["table"], line["technique"]) for line in lines]

@@ -119,24 +119,38 @@ def test_without_comparable_numbers_nothing_is_said_of_the_published():
     assert questions.markdown(table()) == ""
 
 
-def test_rows_with_held_out_images_answer_where_there_are_no_others():
-    held_out = [
-        Row(row, {"val_size": 5000}, "", "", runs=runs(accuracy=[accuracy]))
-        for row, accuracy in {"student_baseline": 0.7, "kd_vanilla": 0.6}.items()
-    ]
-    temperature = Row("kd_vanilla", {"temperature": 4.0}, "", "", runs=runs(accuracy=[0.5]))
-    assert questions.markdown([*table(), held_out[0], temperature]) == ""
-    assert "| -10.00 |" in questions.markdown([*table(), *held_out, temperature])
-    assert questions.markdown([*table(student_baseline=runs(accuracy=[0.7])), *held_out]) == ""  # never the two mixed
+def sorted_runs(*runs_of: tuple[str, dict, float]) -> list[Row]:
+    """The table of runs of that row, changes and accuracy."""
+    made = [(row, changes, *runs(accuracy=[accuracy])) for row, changes, accuracy in runs_of]
+    for row, changes, run in made:
+        run.result.update(row=row, changes=changes, dataset="cifar100")
+    return sort_into_rows([run for *_, run in made])[0]
+
+
+@pytest.mark.parametrize("settings", [{"val_size": 5000}, {"epochs": 60, "val_size": 500}, {"dataset": "folder"}])
+def test_settings_that_most_rows_have_are_those_of_the_table_that_answers(settings):
+    untaught, taught = ("student_baseline", settings, 0.7), ("kd_vanilla", settings, 0.6)
+    temperature = ("kd_vanilla", settings | {"temperature": 4.0}, 0.5)
+    assert questions.markdown(sorted_runs(untaught, temperature)) == ""
+    rows = sorted_runs(untaught, taught, temperature, ("student_baseline", {}, 0.9))
+    assert "| -10.00 |" in questions.markdown(rows)
+    assert [row.changes for row in rows if row.row == "kd_vanilla"] == [settings, settings | {"temperature": 4.0}]
+    assert all(row.published for row in rows)
+    assert any(row.comparable for row in rows if row.changes) == (settings.keys() == {"val_size"})
+    assert questions.markdown(sorted_runs(("student_baseline", {}, 0.7), taught)) == ""  # never the two mixed
+
+
+def test_settings_of_a_search_are_never_those_of_the_table():
+    rows = sorted_runs(*[(row, {"lr": 0.1}, 0.6) for row in ROWS], ("kd_vanilla", {}, 0.5))
+    assert [row.row for row in as_published(rows) if row.runs] == ["kd_vanilla"]
+    assert all(row.runs == [] or row.changes == {} for row in rows)
 
 
 def test_rows_with_as_many_held_out_images_as_most_answer_together():
-    held_out = [Row("kd_vanilla", {"val_size": 5000}, "", "", runs=runs(accuracy=[0.6]))]
-    held_out += [
-        Row("student_baseline", {"val_size": n}, "", "", runs=runs(accuracy=[0.7])) for n in (20000, 5000, 500)
-    ]
-    for rows in (held_out, held_out[::-1]):
-        chosen = [row for row in as_published([*table(), *rows]) if row.runs]
+    held_out = [("kd_vanilla", {"val_size": 5000}, 0.6)]
+    held_out += [("student_baseline", {"val_size": n}, 0.7) for n in (20000, 5000, 500)]
+    for order in (held_out, held_out[::-1]):
+        chosen = [row for row in as_published(sorted_runs(*order)) if row.runs]
         assert {row.row: row.changes["val_size"] for row in chosen} == {"kd_vanilla": 5000, "student_baseline": 5000}
 
 

@@ -289,12 +289,18 @@ def test_of_rows_of_ones_own_alone_the_published_table_is_left_out(tmp_path, cap
     assert run(tmp_path) == 0
     markdown = (tmp_path / "short" / "table.md").read_text()
     for text in (capsys.readouterr().out, markdown):
-        assert "rows of one's own, 4 epochs on all of folder" in " ".join(text.split())
+        assert "1 of 16 rows are there, 4 epochs on all of folder" in " ".join(text.split())
         assert "my_row" in text and "kd_mixup" not in text and "ublished epoch" not in text and "74.62" not in text
     assert "| `my_row` | 1 |" in markdown and "| `kd_cutmix --dataset folder` | 1 |" in markdown
-    assert markdown.count("| Recipe |") == 2 and "## Other runs" not in markdown and "In brackets" not in markdown
+    assert markdown.index("`kd_cutmix") < markdown.index("## Other runs") < markdown.index("`my_row")
+    assert "In brackets" not in markdown
     assert [line["row"] for line in read_csv(tmp_path)] == ["kd_cutmix", "kd_cutmix", "my_row", "my_row"]
     assert run(tmp_path, check=True) == 0
+    shutil.rmtree(tmp_path / "short" / "kd_cutmix")
+    assert run(tmp_path) == 0
+    markdown = (tmp_path / "short" / "table.md").read_text()
+    assert "rows of one's own, 4 epochs on all of folder" in markdown
+    assert markdown.count("| Recipe |") == 2 and "## Other runs" not in markdown
 
 
 def test_a_variant_is_labelled_by_the_flags_that_make_it():
