@@ -1,0 +1,134 @@
+"""Whether two runs differ by more than their test images would make them.
+
+Both predicted the same images at their last epoch, so these are drawn anew, 1,000 times and for both at once (paired
+bootstrap): ± is 1.96 standard deviations of the difference, the first run minus the second. It is about these two
+models; how far another seed would move either, report.py tells.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+import verify
+from calibration import fit_temperature, scale_temperature
+from command_line import orderly_end, parse
+from rows import markdown_table, number, read_run
+from run_files import HALF, UserError, full_name, load_probabilities
+
+RESAMPLES = 1000
+METRICS = {
+    "accuracy": "accuracy, %",
+    "nll": "NLL",
+    "nll_scaled": "NLL, scaled",
+    "ece_15": "ECE, 15 bins",
+    "ece_15_scaled": "ECE, 15 bins, scaled",
+    "temperature": "temperature",
+    "logits": "size of logits",
+}
+
+
+@dataclass(kw_only=True)
+class Config:
+    runs: tyro.conf.Positional[tuple[Path, Path]]
+    """folders of two finished runs, as results/brief/kd_cutmix/seed0"""
+    data_dir: Path = Path("data")
+    """where the images are, for a run that has no predictions but weights"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU if there is one"""
+
+
+def predictions(cfg: Config, folder: Path) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """A finished run's result, its softmax outputs for the test images at its last epoch, float (n, classes), and the
+    labels, int64 (n,): the outputs that it left or, without these, what its weights predict now.
+
+    Raises:
+        UserError: the folder has neither, or no result.
+    """
+    if not (folder / "result.json").is_file():
+        raise UserError(f"{folder} is not the folder of a finished run: it has no result.json")
+    result = read_run(folder).result
+    for file in (folder / "probabilities.npz", folder / HALF["probabilities.npz"]):
+        arrays = load_probabilities(file) if file.is_file() else {}
+        same = "best" in arrays and result["best"]["epoch"] == result["last"]["epoch"]
+        if (p := arrays.get("last", arrays["best"] if same else None)) is not None:
+            return result, torch.from_numpy(p), torch.from_numpy(arrays["labels"]).long()
+    here = verify.Config(results_dir=folder.resolve().parents[2], data_dir=cfg.data_dir, device=cfg.device)
+    p = verify.predict(here, folder)
+    if p is None:
+        raise UserError(f"{folder} has neither predictions of its last epoch nor weights: train it again")
+    return result, p, verify.trained(here, folder).data.test_labels.cpu()
+
+
+def statistics(p: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """The `METRICS` of predictions, (n, classes), and labels, (n,), each (resamples,), as float64.
+
+    `weights` are those of the images, (resamples, n), each row summing to one. *Scaled* is by the one temperature that
+    all images have; resampled, the temperature itself is a Newton step from that one (`fit_temperature`: its derivative
+    in 1 / T; the second one is the variance of log p under q). The size of logits, which softmax outputs know up to a
+    constant for each image, is the root mean square of log p less its mean over the classes: divided by the
+    temperature it is the size that would be calibrated.
+    """
+    p = p.double()
+    temperature = fit_temperature(p, labels)
+    q = scale_temperature(p, temperature)
+    logits, right = p.clamp(min=torch.finfo(torch.float32).tiny).log(), (p.argmax(1) == labels).double()
+    target = logits.gather(1, labels[:, None]).squeeze(1)
+    mean = (q * logits).sum(1)
+    variance = (q * logits.square()).sum(1) - mean.square()
+    found = {"accuracy": weights @ right, "logits": (weights @ logits.var(1, correction=0)).sqrt()}
+    found["temperature"] = 1 / (1 / temperature - (weights @ (mean - target)) / (weights @ variance))
+    for name, probabilities in {"": p, "_scaled": q}.items():
+        confidence = probabilities.max(1).values
+        bins = torch.bucketize(confidence, torch.arange(1, 15, dtype=torch.float64) / 15)
+        gaps = torch.nn.functional.one_hot(bins, 15) * (confidence - right)[:, None]
+        found[f"ece_15{name}"] = (weights @ gaps).abs().sum(1)
+        found[f"nll{name}"] = -weights @ probabilities.gather(1, labels[:, None]).squeeze(1).log()
+    return found
+
+
+def compare(p: Tensor, other: Tensor, labels: Tensor) -> list[tuple[str, float, float, float]]:
+    """Of each metric its name, its value for either run, and 1.96 standard deviations of their difference.
+
+    Args:
+        p, other: softmax outputs for the same images, float (n, classes).
+        labels: int64 (n,).
+    """
+    n, generator = len(labels), torch.Generator().manual_seed(0)
+    draws = (torch.randint(n, (n,), generator=generator) for _ in range(RESAMPLES))
+    counts = torch.stack([torch.ones(n), *(torch.bincount(draw, minlength=n) for draw in draws)])  # first as they are
+    ours, theirs = (statistics(probabilities, labels, counts.double() / n) for probabilities in (p, other))
+    spread = {metric: 1.96 * (ours[metric] - theirs[metric])[1:].std().item() for metric in METRICS}
+    return [(metric, ours[metric][0].item(), theirs[metric][0].item(), spread[metric]) for metric in METRICS]
+
+
+def main(cfg: Config) -> int:
+    """Compare as the settings say."""
+    from scipy.stats import binomtest
+
+    (a, p, labels), (b, other, other_labels) = (predictions(cfg, folder) for folder in cfg.runs)
+    if any(a[name] != b[name] for name in ("dataset", "classes")) or not torch.equal(labels, other_labels):
+        raise UserError("the two runs were not tested on the same images")
+    lines = []
+    for metric, *values, spread in compare(p, other, labels):
+        difference = f"{number(metric, values[0] - values[1], '+')} ± {number(metric, spread)}"
+        lines.append([METRICS[metric], *(number(metric, value) for value in values), difference])
+    names = [f"`{full_name(result['row'], result['changes'])}`, seed {result['seed']}" for result in (a, b)]
+    print(markdown_table(["", *names, "difference"], lines))
+    right, other_right = (probabilities.argmax(1) == labels for probabilities in (p, other))
+    alone, other_alone = int((right & ~other_right).sum()), int((other_right & ~right).sum())
+    chance = binomtest(alone, alone + other_alone).pvalue if alone + other_alone else 1.0
+    print(
+        f"\n{alone:,} of {len(labels):,} test images are right by the first run alone, {other_alone:,} by the second "
+        f"alone: p = {chance:.2g} (McNemar's exact test)."
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    with orderly_end():
+        sys.exit(main(parse(Config, __doc__)))

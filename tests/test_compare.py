@@ -1,0 +1,118 @@
+"""Two runs compared over their test images: by formulas, refitted resamples and what the runs say of themselves."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_row
+from scipy.stats import binomtest
+
+import compare
+import verify
+from calibration import calibration_scores, fit_temperature
+from run_files import UserError
+
+
+def outputs(noise: float, n: int = 600, classes: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax outputs that are right on some images, the same ones but for the noise."""
+    labels = torch.arange(n) % classes
+    logits = torch.randn(n, classes, generator=torch.Generator().manual_seed(1))
+    logits += noise * torch.randn(n, classes, generator=torch.Generator().manual_seed(2))
+    logits[torch.arange(n), labels] += 1
+    return logits.softmax(1), labels
+
+
+def test_metrics_are_those_of_a_run_and_scaled_by_the_temperature_of_all_images():
+    p, labels = outputs(0.3)
+    found = {metric: values[0].item() for metric, values in metrics_of(p, labels, torch.ones(1, 600)).items()}
+    scores = calibration_scores(p, labels, validation=(p, labels))
+    for metric in ("accuracy", "nll", "ece_15"):
+        assert found[metric] == pytest.approx(scores[metric], abs=1e-6)
+    for metric in ("nll", "ece_15"):
+        assert found[f"{metric}_scaled"] == pytest.approx(scores["scaled"][metric], abs=1e-6)
+    assert found["temperature"] == pytest.approx(fit_temperature(p, labels), rel=1e-4)
+    logits = p.double().log().numpy()
+    assert found["logits"] == pytest.approx(math.sqrt(((logits - logits.mean(1, keepdims=True)) ** 2).mean()))
+
+
+def metrics_of(p, labels, counts) -> dict[str, torch.Tensor]:
+    return compare.statistics(p, labels, counts.double() / len(labels))
+
+
+def test_a_resample_has_the_metrics_of_its_images():
+    p, labels = outputs(0.3)
+    draw = torch.randint(600, (600,), generator=torch.Generator().manual_seed(3))
+    found = metrics_of(p, labels, torch.bincount(draw, minlength=600)[None])
+    scores = calibration_scores(p[draw], labels[draw], validation=(p, labels))
+    for metric in ("accuracy", "nll", "ece_15"):
+        assert found[metric].item() == pytest.approx(scores[metric], abs=1e-6)
+        if metric != "accuracy":
+            assert found[f"{metric}_scaled"].item() == pytest.approx(scores["scaled"][metric], abs=1e-6)
+    change = fit_temperature(p[draw], labels[draw]) - fit_temperature(p, labels)
+    assert abs(change) > 0.01  # so that a Newton step is seen to follow it
+    assert found["temperature"].item() - fit_temperature(p, labels) == pytest.approx(change, rel=0.1)
+
+
+def test_the_spread_of_accuracy_is_that_of_paired_images():
+    (p, labels), (other, _) = outputs(0), outputs(0.3)
+    right, other_right = (q.argmax(1) == labels for q in (p, other))
+    difference = (right.double() - other_right.double()).numpy()
+    found = {metric: values for metric, *values in compare.compare(p, other, labels)}
+    assert found["accuracy"][0] - found["accuracy"][1] == pytest.approx(difference.mean())
+    paired = 1.96 * difference.std() / math.sqrt(len(labels))
+    alone = 1.96 * math.hypot(*(float(r.double().std()) for r in (right, other_right))) / math.sqrt(len(labels))
+    assert found["accuracy"][2] == pytest.approx(paired, rel=0.1) and paired < 0.8 * alone
+    assert all(spread == 0 and a == b for _, a, b, spread in compare.compare(p, p, labels))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A student with two seeds."""
+    folder = tmp_path_factory.mktemp("results")
+    return [run_row("student_baseline", folder, seed=seed, epochs=2, wandb_mode="disabled")[1] for seed in (0, 1)]
+
+
+@pytest.fixture
+def runs(trained, tmp_path):
+    return [shutil.copytree(run, tmp_path / "results" / run.relative_to(run.parents[2])) for run in trained]
+
+
+def compared(runs, capsys) -> str:
+    capsys.readouterr()
+    verify.predict.cache_clear()
+    assert compare.main(compare.Config(runs=tuple(runs))) == 0
+    return capsys.readouterr().out
+
+
+def test_runs_are_compared_at_their_last_epoch_from_predictions_or_weights(runs, capsys):
+    text = compared(runs, capsys)
+    said = [json.loads((run / "result.json").read_text())["last"] for run in runs]
+    for title, metric, scale in (("accuracy, %", "accuracy", 100), ("NLL", "nll", 1)):
+        [line] = [line for line in text.splitlines() if line.startswith(f"| {title} |")]
+        cells = [cell.strip() for cell in line.split("|")[2:4]]
+        assert [float(cell) for cell in cells] == pytest.approx([scale * last[metric] for last in said], abs=0.006)
+    arrays = [np.load(run / "probabilities.npz") for run in runs]
+    right = [array["last"].argmax(1) == array["labels"] for array in arrays]
+    alone = [int((a & ~b).sum()) for a, b in (right, right[::-1])]
+    assert f"{alone[0]} of 360 test images are right by the first run alone, {alone[1]} by the second alone" in text
+    assert f"p = {binomtest(alone[0], sum(alone)).pvalue:.2g} " in text
+    for run in runs:
+        (run / "probabilities.npz").unlink()
+        (run / "log_probabilities.fp16.npz").unlink()
+    assert compared(runs, capsys) == text
+
+
+def test_what_cannot_be_compared_is_said_in_a_line(runs, capsys):
+    with pytest.raises(UserError, match="nowhere is not the folder of a finished run"):
+        compared([runs[0], runs[1].parent / "nowhere"], capsys)
+    result = json.loads((runs[1] / "result.json").read_text())
+    (runs[1] / "result.json").write_text(json.dumps(result | {"classes": result["classes"][::-1]}))
+    with pytest.raises(UserError, match="the two runs were not tested on the same images"):
+        compared(runs, capsys)
+    for file in runs[0].glob("*.[ns][pa]*"):
+        file.unlink()
+    with pytest.raises(UserError, match="has neither predictions of its last epoch nor weights: train it again"):
+        compared(runs, capsys)
