@@ -13,7 +13,6 @@ from typing import Literal
 import numpy as np
 import torch
 from timm.data.mixup import Mixup
-from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from augmix import BatchedAugMix, TimmAugMix
@@ -143,31 +142,11 @@ class Mix(Standard):
         return self.mixup(*super().__call__(images[:even], labels[:even]))
 
 
-class Erasing(RandomErasing):
-    """timm's `RandomErasing` of squares of one size, as boxes: the same numbers drawn in the same order, without its
-    loop over the images' pixels."""
-
-    def __init__(self, size: int, canvas: int):
-        self.size, self.canvas = size, canvas
-        area = size**2 / canvas**2
-        super().__init__(1.0, area, area, min_aspect=1.0, max_aspect=1.0, device="cpu")
-
-    def boxes(self, n: int) -> Tensor:
-        """int64 (n, 4): top, left, bottom, right, the last two excluded."""
-
-        def corner() -> tuple[int, int]:
-            random.random(), random.uniform(0, 1), random.uniform(0, 1)  # timm's whether, area and aspect
-            return random.randint(0, self.canvas - self.size), random.randint(0, self.canvas - self.size)
-
-        corners = torch.tensor([corner() for _ in range(n)])
-        return torch.hstack([corners, corners + self.size])
-
-
 class CutOut(Standard):
     """Standard augmentation, then CutOut (DeVries & Taylor, 2017): one square hole, 0 after normalisation.
 
-    Its centre is uniform over the image and the border clips it. timm's `RandomErasing` keeps its rectangle inside, so
-    it erases on a canvas that is larger by the hole less one pixel, and the canvas is cut off again.
+    Its centre is uniform over the image and the border clips it. The holes are those that timm's `RandomErasing` makes
+    in an image padded by the hole less one pixel, since it keeps its rectangles inside; without its loop over pixels.
 
     Args:
         size: side of the hole, as a fraction of the image (16 of 32 pixels).
@@ -181,8 +160,15 @@ class CutOut(Standard):
         images, labels = super().__call__(images, labels)
         h, w = images.shape[-2:]
         hole = round(self.size * h)
-        boxes = Erasing(hole, h + hole - 1).boxes(len(images)) - hole // 2
+        corners = torch.tensor([self.center(h, w) for _ in range(len(images))]) - hole // 2
+        boxes = torch.hstack([corners, corners + hole])
         return images.masked_fill_(inside(boxes, h, w, images.device), 0), labels
+
+    @staticmethod
+    def center(h: int, w: int) -> tuple[int, int]:
+        """Row and column, drawn as timm draws them."""
+        random.random(), random.uniform(0, 1), random.uniform(0, 1)  # timm's whether, area and aspect
+        return random.randint(0, h - 1), random.randint(0, w - 1)
 
 
 class AugMix(Standard):

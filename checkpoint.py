@@ -66,10 +66,9 @@ def remove(folder: Path) -> None:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    data = file.read_bytes()
-    tensors = safetensors.torch.load(data)
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    metadata = header["__metadata__"]
+    tensors = safetensors.torch.load(file.read_bytes())
+    with safetensors.safe_open(file, "pt") as content:
+        metadata = content.metadata()
     if metadata["sha256"] != _digest(tensors, metadata["state"]):
         raise ValueError("its digest is not that of its content")
     return _join(tensors, json.loads(metadata["state"]))

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import platform
-import random
 import re
 import shutil
 import subprocess
@@ -33,6 +32,7 @@ import numpy as np
 import timm
 import torch
 from timm.task import LogitDistillationTask, TrainingTask
+from timm.utils import random_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -99,10 +99,7 @@ NEEDED_LATER = ("best.safetensors", "selected.safetensors", *HALF, *HALF.values(
 
 def seed_everything(seed: int, epoch: int) -> None:
     """Seed torch, numpy and random from the pair alone, so that an epoch is the same however the run came to it."""
-    state = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-    random.seed(state)
-    np.random.seed(state)
-    torch.manual_seed(state)
+    random_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
 
 
 @functools.lru_cache(maxsize=1)
@@ -461,16 +458,16 @@ class Run:
         return {"train_loss": float(losses.cpu() @ sizes.float() / sizes.sum()), **means}
 
     def _share_outputs(self, trainer: Trainer, augment: Callable, epoch: int, images: int) -> list[EpochOutputs]:
-        """With --share-teachers, have the teachers of a student of standard views say what they said to others."""
-        cfg, data, task = self.cfg, self.data, trainer.task
+        """With --share-teachers, have the task's teachers read this epoch's logits from files, or record them there.
+        None are shared for an augmentation or a task of one's own, nor by one run on several GPUs."""
+        cfg, task = self.cfg, trainer.task
         if not cfg.share_teachers or type(augment) is not Standard or data_parallel.size() > 1:
             return []
-        if type(task) not in (LogitDistillationTask, EnsembleDistillationTask):  # it may ask otherwise, or nobody
+        if type(task) not in (LogitDistillationTask, EnsembleDistillationTask):  # others may ask a teacher otherwise
             return []
         if not isinstance(task.teacher, Teacher) or len(task.teacher.model) != len(self.sources):
             return []
-        same = ("train_size", "val_size", "image_size", "seed", "batch_size")
-        views = [data.fingerprint, {name: getattr(cfg, name) for name in same}, vars(augment)]
+        views = [self.data.fingerprint, cfg.seed, cfg.batch_size, vars(augment)]
         how = [hardware(self.device), torch.__version__, trainer.precision, trainer.compile, cfg.deterministic]
         names = [json.dumps([digest, *views, *how]) for digest in self.source_digests]
         shared = cfg.results_dir / "teacher_outputs"
