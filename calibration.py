@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from consistency import consistency_bars, errors_by_chance
-from run_files import atomic_write, write_csv
+from run_files import CHOICES, atomic_write, write_csv
 
 MAX_TEMPERATURE = 1000.0  # and its inverse: no fit is looked for beyond
 
@@ -273,7 +273,7 @@ def scores_of_run(arrays: Mapping[str, Tensor | np.ndarray]) -> dict[str, dict[s
     validation = (arrays["val"], arrays["val_labels"]) if "selected" in arrays else None
     return {
         name: calibration_scores(arrays[name], arrays["labels"], validation if name == "selected" else None)
-        for name in ("best", "last", "selected")
+        for name in CHOICES
         if name in arrays
     }
 

@@ -46,6 +46,7 @@ from consistency import errors_by_chance
 from image_data import Dataset, load_dataset
 from objectives import EnsembleDistillationTask, JsdTask, Reduction, Teacher  # noqa: F401 as above
 from run_files import (
+    CHOICES,
     HALF,
     UserError,
     atomic_write,
@@ -379,7 +380,7 @@ class Run:
         self._finish(choices, speed, tracker, state["origins"][:-1])
 
     def _average(self, members: Sequence[Path], weights: Sequence[float]) -> None:
-        mean, names = {}, ("best", "last", "selected", "val") if self.cfg.val_size else ("best", "last")
+        mean, names = {}, (*CHOICES, "val") if self.cfg.val_size else CHOICES[:2]
         for file, weight in zip(members, weights, strict=True):
             arrays = self._predictions(file, names)
             for key in names:
@@ -401,7 +402,7 @@ class Run:
             self.check_source(str(file.parent), weights)
             print(f"{file.parent} lacks predictions: making them again with {weights.name}")
             model = self.load_model(weights).to(self.device, memory_format=torch.channels_last)
-            made = dict.fromkeys(("best", "last", "selected"), self.predict(model, self.data.test_images).numpy())
+            made = dict.fromkeys(CHOICES, self.predict(model, self.data.test_images).numpy())
             if self.cfg.val_size and "val" not in arrays:
                 made["val"] = self.predict(model, self.data.val_images).numpy()
             arrays = {**made, **arrays}
@@ -814,7 +815,7 @@ def summary(result: dict[str, Any], path: Path) -> str:
     run = full_name(result["row"], result["changes"])
     lines = [f"{run}, protocol {result['protocol']}, seed {result['seed']}, {result['dataset']}"]
     lines.append(f"{'':34}{'accuracy':>10}{'ECE':>9}{'OE':>9}")
-    for name in ("published", "best", "last", "selected"):
+    for name in ("published", *CHOICES):
         numbers = result.get(name)
         if numbers and (name, result["dataset"]) != ("published", "folder"):
             label = _published_label(result) if name == "published" else name

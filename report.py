@@ -19,7 +19,6 @@ from typing import Any
 import questions
 from command_line import orderly_end, parse
 from rows import (
-    CHOICES,
     FURTHER,
     PUBLISHED,
     Row,
@@ -37,7 +36,7 @@ from rows import (
     sort_into_rows,
     trained_on,
 )
-from run_files import UserError, atomic_write, csv_text, read_published
+from run_files import CHOICES, UserError, atomic_write, csv_text, read_published
 from run_settings import PROTOCOLS
 
 ROOT = Path(__file__).resolve().parent

@@ -17,8 +17,8 @@ import numpy as np
 
 from consistency import errors_by_chance
 from run_files import (
+    CHOICES,
     HALF,
-    NOT_IDENTITY,
     UserError,
     atomic_write,
     flags,
@@ -32,9 +32,8 @@ from run_files import (
     sha256,
     variant,
 )
-from run_settings import Config
+from run_settings import NOT_IDENTITY, Config
 
-CHOICES = ("best", "last", "selected")
 PUBLISHED = ("accuracy", "ece", "oe")
 CHANCE = {"accuracy": 0.005, "ece": 0.015, "oe": 0.015}  # what one seed's difference may be by chance
 # Protocols that train long enough to be held against the published numbers, which are of 500 epochs.

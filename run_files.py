@@ -24,7 +24,12 @@ if typing.TYPE_CHECKING:  # tools that only read results start without torch
     import numpy as np
     from torch import Tensor
 
-PUBLISHED = Path(__file__).resolve().parent / "results" / "published.csv"
+PUBLISHED_CSV = Path(__file__).resolve().parent / "results" / "published.csv"
+CHOICES = ("best", "last", "selected")  # the epochs that a run reports; the last of them with --val-size alone
+
+# Files small enough to be published, in half precision, by what they stand in for. Of probabilities it is the
+# logarithms, since half precision has nothing between 0 and 6e-8.
+HALF = {"model.safetensors": "model.fp16.safetensors", "probabilities.npz": "log_probabilities.fp16.npz"}
 
 
 class UserError(Exception):
@@ -203,28 +208,6 @@ def full_name(row: str, changes: dict[str, Any]) -> str:
     return f"{row} {flags(changes)}".strip()
 
 
-# Settings that leave a run the same run: where it happens, and what at most moves the last bits of its numbers.
-NOT_IDENTITY = {
-    "protocol",
-    "seed",
-    "data_dir",
-    "device",
-    "results_dir",
-    "overwrite",
-    "teacher_from",
-    "share_teachers",
-    "compile",
-    "deterministic",
-    "wandb_mode",
-    "wandb_project",
-    "wandb_charts",
-    "wandb_thumbnails",
-}
-
-# Files small enough to be published, in half precision, by what they stand in for. Of probabilities it is the
-# logarithms, since half precision has nothing between 0 and 6e-8.
-HALF = {"model.safetensors": "model.fp16.safetensors", "probabilities.npz": "log_probabilities.fp16.npz"}
-
 # What every reader of a result relies on. A run's folder is named by row, protocol and seed, never by what a file says.
 RESULT = {
     "row": str, "protocol": str, "seed": int, "dataset": str, "model": (str, NoneType), "sources": list,
@@ -259,7 +242,7 @@ def files_for(needed: str, result: dict[str, Any]) -> list[str]:
     its predictions too.
     """
     names = [needed, HALF[needed]]
-    choices = [result[name] for name in ("best", "last", "selected") if isinstance(result.get(name), dict)]
+    choices = [result[name] for name in CHOICES if isinstance(result.get(name), dict)]
     same = all(choice.get("epoch") == choices[0].get("epoch") for choice in choices)
     if needed == "probabilities.npz" and result["model"] and same:
         names += ["model.safetensors", HALF["model.safetensors"]]
@@ -324,7 +307,7 @@ def read_published() -> list[dict[str, Any]]:
     table, technique, source, and as float or None accuracy, ece, oe (fractions; 100 bins) and best_epoch.
     """
     numbers = ("accuracy", "ece", "oe", "best_epoch")
-    with open(PUBLISHED, newline="") as file:
+    with open(PUBLISHED_CSV, newline="") as file:
         return [
             {
                 **line,

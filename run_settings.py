@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import tyro
 
-from run_files import NOT_IDENTITY, UserError, flag
+from run_files import UserError, flag
 
 Compile = Literal["auto", "off", "default", "reduce-overhead", "max-autotune-no-cudagraphs"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -157,6 +157,25 @@ def resolve(cfg: Config) -> Config:
         "precision": cfg.precision or (protocol.precision if own_images else "auto"),
     }
     return dataclasses.replace(cfg, **decided)
+
+
+# Settings that leave a run the same run: where it happens, and what at most moves the last bits of its numbers.
+NOT_IDENTITY = {
+    "protocol",
+    "seed",
+    "data_dir",
+    "device",
+    "results_dir",
+    "overwrite",
+    "teacher_from",
+    "share_teachers",
+    "compile",
+    "deterministic",
+    "wandb_mode",
+    "wandb_project",
+    "wandb_charts",
+    "wandb_thumbnails",
+}
 
 
 def settings(cfg: Config) -> dict[str, Any]:

@@ -22,6 +22,7 @@ import numpy as np
 from calibration import CalibrationMetrics, calibration_metrics, reliability_diagram
 from command_line import EXIT_CODES, Interrupted
 from run_files import (
+    CHOICES,
     HALF,
     UserError,
     atomic_write,
@@ -264,7 +265,7 @@ class Tracker:
         if not result["last"]["epoch"]:  # an ensemble has no epochs, but is as calibrated as others
             tables |= _charts(calibration_metrics(probabilities, labels), None)
         self.wandb_run.log(tables, step=step, commit=True)
-        for name in ("best", "last", "selected"):
+        for name in CHOICES:
             if numbers := dict(result.get(name, {})):
                 numbers |= {f"scaled_{k}": v for k, v in numbers.get("scaled", {}).items()}
                 summary = {f"{name}/{k}": v for k, v in numbers.items() if k != "scaled"}
