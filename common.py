@@ -440,15 +440,8 @@ class Run:
                 if epoch == 1 and step == 5 and hours > 1:
                     bar.write(f"{self.row} will take about {hours:,.1f} h on this CPU; --protocol smoke takes minutes")
         data_parallel.average_batch_norm(trainer.model)
-        finite = losses.isfinite().cpu()
-        if not finite.all() or not trainer.is_finite():
-            step = int(finite.logical_not().nonzero()[0]) if not finite.all() else len(batches) - 1
-            lr = trainer.optimizer.param_groups[0]["lr"]
-            good = f"; the checkpoint of epoch {epoch - 1} is still good" if epoch > 1 else ""
-            what = f"the loss is {losses[step].item()}" if not finite.all() else "the weights are no longer finite"
-            raise UserError(
-                f"{what} at step {step + 1} of epoch {epoch}, at learning rate {lr:g}: try a smaller --lr{good}"
-            )
+        losses = losses.cpu()
+        self._check_finite(trainer, losses, epoch)
         try:
             for of_teacher in outputs:
                 of_teacher.save()
@@ -456,7 +449,22 @@ class Run:
             print(f"warning: teachers' outputs are not shared: {error}", file=sys.stderr)
         sizes = torch.tensor([len(index) for index in batches])
         means = {name: value.item() / sizes.sum().item() for name, value in parts.items()}
-        return {"train_loss": float(losses.cpu() @ sizes.float() / sizes.sum()), **means}
+        return {"train_loss": float(losses @ sizes.float() / sizes.sum()), **means}
+
+    @staticmethod
+    def _check_finite(trainer: Trainer, losses: Tensor, epoch: int) -> None:
+        """Refuse to go on from an epoch with a loss, or with weights, that are not finite. `losses` are on the CPU."""
+        finite = losses.isfinite()
+        if not finite.all():
+            step = int(finite.int().argmin()) + 1  # the first one
+            what = f"the loss is {losses[step - 1].item()}"
+        elif not trainer.is_finite():
+            step, what = len(losses), "the weights are no longer finite"
+        else:
+            return
+        lr = trainer.optimizer.param_groups[0]["lr"]
+        good = f"; the checkpoint of epoch {epoch - 1} is still good" if epoch > 1 else ""
+        raise UserError(f"{what} at step {step} of epoch {epoch}, at learning rate {lr:g}: try a smaller --lr{good}")
 
     def _share_outputs(self, trainer: Trainer, augment: Callable, epoch: int, images: int) -> list[EpochOutputs]:
         """With --share-teachers, have the task's teachers read this epoch's logits from files, or record them there.

@@ -38,7 +38,7 @@ class UserError(Exception):
 
 def first_line(error: Exception) -> str:
     """What an error says, in one line; what it is, where it says nothing."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

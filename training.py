@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data_parallel
+from run_files import first_line
 from run_settings import Compile, Precision
 
 # For `deterministic`. cuBLAS reads it once, at its first product, which may be that of a model before this one.
@@ -154,7 +155,7 @@ def can_compile(device: str) -> bool:
     try:
         torch.compile(lambda x: x.exp() + 1)(torch.zeros(64, device=device))
     except Exception as error:  # whatever it is that is missing
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"warning: slower than it could be, for torch.compile fails here: {reason[0][:200]}", file=sys.stderr)
+        reason = first_line(error)[:200]
+        print(f"warning: slower than it could be, for torch.compile fails here: {reason}", file=sys.stderr)
         return False
     return True
