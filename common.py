@@ -248,7 +248,7 @@ class Run:
         """
         if not rows:
             raise UserError("--teachers takes one row or more")
-        return Teacher(*(self.load_model(file) for file in self._finished(rows, "model.safetensors")))
+        return Teacher(*(self.load_model(file) for file in self._files_of(rows, "model.safetensors")))
 
     def fit(self, task: TrainingTask, augment: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
         """Train `task.trainable_module`, evaluating it after every epoch, and write the run's folder."""
@@ -262,25 +262,12 @@ class Run:
         their last, `selected` of those. Members that are not there yet are trained first, as `teacher` does."""
         if len(rows) != len(weights) or sum(weights) <= 0:
             raise UserError(f"--weights takes as many numbers as there are --members, {len(rows)}, not all 0")
-        members = self._finished(rows, "probabilities.npz")
+        members = self._files_of(rows, "probabilities.npz")
         with self._turn() as mine:
             if mine:
                 self._average(members, weights)
 
-    # How it is done --------------------------------------------------------------------------------------
-
-    def complete(self, main: Callable) -> dict[str, Any]:
-        """Run the recipe. Returns the result that it leaves.
-
-        Raises:
-            UserError: it left no result.
-        """
-        main(self.cfg, self)
-        result = data_parallel.from_first(self.load_result)
-        if result is None:
-            file = main.__code__.co_filename
-            raise UserError(f"{file}: main ended without a result: it has to call run.fit, or run.ensemble")
-        return result
+    # Training --------------------------------------------------------------------------------------------
 
     def _check_can_train(self) -> None:
         if not isinstance(self.cfg, TrainConfig):
@@ -329,6 +316,27 @@ class Run:
                 tracker.log(state["history"])
             self._write(trainer, state, predictions, tracker)
 
+    def _resume(self, trainer: Trainer) -> dict[str, Any]:
+        """What the last checkpoint holds, its weights and momenta put in place; or a fresh start."""
+        origin = {**self._versions(), "hardware": hardware(self.device)}
+        state = data_parallel.from_first(lambda: checkpoint.load(self.path))
+        if state is None:
+            about = {"settings": settings(self.cfg), "fingerprint": self.data.fingerprint, "origins": [origin]}
+            return {**about, "source_digests": self.source_digests, "history": [], "train_seconds": 0.0}
+        digests = state.setdefault("source_digests")  # None in checkpoints from before they were kept
+        self._check_identity(state["settings"], state["fingerprint"], self.data.fingerprint, digests)
+        trainer.restore(state.pop("model"), state.pop("momentum"))
+        if changed := [f"{k} {v}, now {origin[k]}" for k, v in state["origins"][-1].items() if v != origin[k]]:
+            print(f"warning: {self.path} was begun with {'; '.join(changed)}: result.json names both", file=sys.stderr)
+            state["origins"].append(origin)
+        return state
+
+    def trainer(self, task: TrainingTask) -> Trainer:
+        """The task with its optimiser, on the device, compiled where that pays over the whole run."""
+        names = ("lr", "momentum", "weight_decay", "compile", "precision", "deterministic")
+        images = self.cfg.epochs * len(self.data.train_labels)
+        return Trainer(task, self.device, images, **{name: getattr(self.cfg, name) for name in names})
+
     def _epoch(
         self, trainer: Trainer, augment: Callable, epoch: int, state: dict[str, Any], bar: tqdm, tracker: Tracker
     ) -> dict[str, Tensor]:
@@ -359,60 +367,6 @@ class Run:
         )
         tracker.log(state["history"], speed, predictions["probabilities"], self.data.test_labels)
         return predictions
-
-    def _write(self, trainer: Trainer, state: dict[str, Any], predictions: dict[str, Tensor], tracker: Tracker) -> None:
-        """What a trained run leaves: history, weights and, at last, its result. `predictions` are the last epoch's."""
-        cfg, first = self.cfg, data_parallel.rank() == 0  # which writes
-        if first:
-            write_csv(self.path / "history.csv", state["history"])
-            save_weights(self.path / "model.safetensors", trainer.model.state_dict())
-        self._save_half(trainer, predictions["probabilities"])
-        if not first:
-            return
-        choices = {"best": state["best"], "last": {"epoch": cfg.epochs, **predictions}}
-        if cfg.val_size:
-            choices["selected"] = state["selected"]
-            save_weights(self.path / "selected.safetensors", state["selected"]["model"])
-        save_weights(self.path / "best.safetensors", state["best"]["model"])
-        images, seconds = len(self.data.train_labels) * cfg.epochs, state["train_seconds"]
-        speed = {"train_seconds": seconds, "images_per_second": images / seconds}
-        speed |= {"compile": trainer.compile, "precision": trainer.precision, "processes": data_parallel.size()}
-        self._finish(choices, speed, tracker, state["origins"][:-1])
-
-    def _average(self, members: Sequence[Path], weights: Sequence[float]) -> None:
-        mean, names = {}, (*CHOICES, "val") if self.cfg.val_size else CHOICES[:2]
-        for file, weight in zip(members, weights, strict=True):
-            arrays = self._predictions(file, names)
-            for key in names:
-                mean[key] = mean.get(key, 0) + arrays[key].astype(np.float64) * (weight / sum(weights))
-        mean = {key: torch.from_numpy(value).float() for key, value in mean.items()}
-        choices = {key: {"epoch": None, "probabilities": mean[key]} for key in names if key != "val"}
-        if self.cfg.val_size:
-            choices["selected"]["val_probabilities"] = mean["val"]
-        speed = {"train_seconds": 0.0, "images_per_second": None}
-        if data_parallel.rank() == 0:
-            with self._tracker() as tracker:
-                self._finish(choices, speed, tracker)
-
-    def _predictions(self, file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """A finished run's predictions of these names: what was not published its weights predict again."""
-        arrays = load_probabilities(file) if file.suffix == ".npz" else {}
-        if not arrays.keys() >= set(names):
-            weights = file.with_name(HALF["model.safetensors"]) if arrays else file
-            self.check_source(str(file.parent), weights)
-            print(f"{file.parent} lacks predictions: making them again with {weights.name}")
-            model = self.load_model(weights).to(self.device, memory_format=torch.channels_last)
-            made = dict.fromkeys(CHOICES, self.predict(model, self.data.test_images).numpy())
-            if self.cfg.val_size and "val" not in arrays:
-                made["val"] = self.predict(model, self.data.val_images).numpy()
-            arrays = {**made, **arrays}
-        return arrays
-
-    def trainer(self, task: TrainingTask) -> Trainer:
-        """The task with its optimiser, on the device, compiled where that pays over the whole run."""
-        names = ("lr", "momentum", "weight_decay", "compile", "precision", "deterministic")
-        images = self.cfg.epochs * len(self.data.train_labels)
-        return Trainer(task, self.device, images, **{name: getattr(self.cfg, name) for name in names})
 
     def train_epoch(self, trainer: Trainer, augment: Callable, epoch: int, bar: tqdm) -> dict[str, float]:
         """One pass over the training images in random order; returns the means of `train_loss` and its parts."""
@@ -451,21 +405,6 @@ class Run:
         means = {name: value.item() / sizes.sum().item() for name, value in parts.items()}
         return {"train_loss": float(losses @ sizes.float() / sizes.sum()), **means}
 
-    @staticmethod
-    def _check_finite(trainer: Trainer, losses: Tensor, epoch: int) -> None:
-        """Refuse to go on from an epoch with a loss, or with weights, that are not finite. `losses` are on the CPU."""
-        finite = losses.isfinite()
-        if not finite.all():
-            step = int(finite.int().argmin()) + 1  # the first one
-            what = f"the loss is {losses[step - 1].item()}"
-        elif not trainer.is_finite():
-            step, what = len(losses), "the weights are no longer finite"
-        else:
-            return
-        lr = trainer.optimizer.param_groups[0]["lr"]
-        good = f"; the checkpoint of epoch {epoch - 1} is still good" if epoch > 1 else ""
-        raise UserError(f"{what} at step {step} of epoch {epoch}, at learning rate {lr:g}: try a smaller --lr{good}")
-
     def _share_outputs(self, trainer: Trainer, augment: Callable, epoch: int, images: int) -> list[EpochOutputs]:
         """With --share-teachers, have the task's teachers read this epoch's logits from files, or record them there.
         None are shared for an augmentation or a task of one's own, nor by one run on several GPUs."""
@@ -484,6 +423,21 @@ class Run:
         outputs = [EpochOutputs(folder / f"epoch{epoch:03}.npz", images, self.device) for folder in folders]
         task.teacher.outputs = outputs
         return outputs
+
+    @staticmethod
+    def _check_finite(trainer: Trainer, losses: Tensor, epoch: int) -> None:
+        """Refuse to go on from an epoch with a loss, or with weights, that are not finite. `losses` are on the CPU."""
+        finite = losses.isfinite()
+        if not finite.all():
+            step = int(finite.int().argmin()) + 1  # the first one
+            what = f"the loss is {losses[step - 1].item()}"
+        elif not trainer.is_finite():
+            step, what = len(losses), "the weights are no longer finite"
+        else:
+            return
+        lr = trainer.optimizer.param_groups[0]["lr"]
+        good = f"; the checkpoint of epoch {epoch - 1} is still good" if epoch > 1 else ""
+        raise UserError(f"{what} at step {step} of epoch {epoch}, at learning rate {lr:g}: try a smaller --lr{good}")
 
     def _evaluate(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, float], dict[str, float]]:
         """Predictions, the scores of those for the test images and, with --val-size, for the held-out ones."""
@@ -507,188 +461,24 @@ class Run:
         own = torch.cat(logits).softmax(1).cpu().split(batch_size) if logits else ()
         return torch.cat(data_parallel.gather(own))
 
-    def load_result(self, path: Path | None = None) -> dict[str, Any] | None:
-        """What `result.json` holds, in this run's folder or in another one of the same run. None if the run is not
-        finished; while there is a checkpoint, it is being trained again.
-
-        Raises:
-            UserError: the result is damaged, or was made with other settings or images.
-        """
-        path = path or self.path
-        if not (path / "result.json").is_file() or (path / checkpoint.NAMES[0]).is_file():
-            return None
-        result = read_result(path)
-        fingerprint = self.data.fingerprint if self.cfg.dataset == "folder" else result["fingerprint"]
-        self._check_identity(result["settings"], result["fingerprint"], fingerprint)
-        return result
-
-    def _check_identity(
-        self, other: dict[str, Any], other_fingerprint: str, fingerprint: str, digests: list[str] | None = None
-    ) -> None:
-        differ = [f"{k} {other[k]}, now {v}" for k, v in identity(self.cfg).items() if other.get(k, v) != v]
-        if other_fingerprint != fingerprint:
-            differ.append("other images")
-        if digests not in (None, self.source_digests):
-            differ.append(f"other weights than are now in {', '.join(self.sources)}")
-        if differ:
-            raise UserError(
-                f"{self.path} was made with {'; '.join(differ)}: start {self.row} over with --overwrite, or choose "
-                "another --results-dir"
-            )
-
-    def _finished(self, rows: Sequence[str], needed: str) -> list[Path]:
-        """The file `needed` of finished runs of these rows on this run's data."""
-        for row in rows:  # a wrong name is found before any row is trained
-            if not ARTIFACT.fullmatch(row) and not (Path(row) / "result.json").is_file():
-                trains = issubclass(config_type(load_recipe(row)), TrainConfig)
-                if needed == "model.safetensors" and not trains:
-                    raise UserError(f"{row} has no model that could teach: it averages those of other rows")
-        if needed == "model.safetensors":  # for a student
-            self._check_can_train()
-        files = []
-        for row in rows:
-            file = self._finish_row(row, needed)
-            source = row if ARTIFACT.fullmatch(row) else str(file.parent)
-            self.source_digests.append(self.check_source(source, file))
-            self.sources.append(source)
-            files.append(file)
-        return files
-
-    def _finish_row(self, row: str, needed: str) -> Path:
-        """The same for one row, which is trained if need be, a finished run's folder, or an artifact."""
-        artifact = ARTIFACT.fullmatch(row)
-        folder = fetch_artifact(row, self.cfg.results_dir / "artifacts") if artifact else Path(row)
-        if artifact or (folder / "result.json").is_file():
-            files = [folder / name for name in files_for(needed, read_result(folder))]
-            return next(filter(Path.is_file, files), files[0])
-        main = load_recipe(row)
-        handed_on = {field.name: getattr(self.cfg, field.name) for field in dataclasses.fields(Config)}
-        run = Run(row, config_type(main)(**{**handed_on, "overwrite": False}), main)
-        if file := data_parallel.from_first(lambda: run.find(needed)):
-            run.warn_of_edits(read_result(file.parent))
-            if file.parent != run.path:
-                print(f"{self.row} takes {row} from {file.parent} (--teacher-from train trains it)")
-            return file
-        run.wanted_by = [*self.wanted_by, self.path]
-        if run.path in run.wanted_by:
-            raise UserError(f"{row} needs itself: name another teacher or member")
-        print(f"{self.row} needs {row}, which is not in {run.path} yet: training it first")
-        run.needed = needed
-        run.complete(main)  # not run_row: a result whose files are gone stays until the new one is whole
-        print(f"{row} is finished: back to {self.row}")
-        return run.path / needed
-
-    def check_source(self, source: str, file: Path) -> str:
-        """Refuse a finished run's file that is missing or damaged, or was trained on other classes or images. Returns
-        its SHA-256."""
-        result = read_result(file.parent)
-        if not file.is_file():
-            raise UserError(f"{source} has a result.json but no {file.name}: name another run, or a row to train")
-        if result["classes"] != list(self.data.classes):
-            new = [name for name in self.data.classes if name not in result["classes"]]
-            raise UserError(
-                f"{source} knows {len(result['classes'])} classes, not the {self.num_classes} of {self.cfg.dataset}: "
-                + (f"it has never seen {', '.join(new[:5])}" if new else "it has more")
-            )
-        if result["fingerprint"] != self.data.fingerprint:
-            names = ("dataset", "image_size", "train_size", "val_size")
-            theirs, ours = result["settings"], vars(self.cfg)
-            differ = [f"{flag(k)} {theirs.get(k)}, not {ours[k]}" for k in names if theirs.get(k) != ours[k]]
-            raise UserError(
-                f"{source} was trained on other images than {self.row} is ({'; '.join(differ) or 'other files'}): name "
-                "another run, or a row to train"
-            )
-        digest = sha256(file)
-        if digest != result["files"].get(file.name):
-            raise UserError(
-                f"{file} is damaged, for it is not what result.json describes: delete it, and {result['row']} is "
-                "trained again where it is named as a row"
-            )
-        return digest
-
-    def warn_of_edits(self, result: dict[str, Any]) -> None:
-        """Say so where a finished run was made by other lines than its recipe has now."""
-        recipe = result.get("versions", {}).get("recipe")
-        if recipe not in (None, self.recipe):
-            print(
-                f"warning: the recipe of {self.row} was edited since this was made: start {self.row} over with "
-                "--overwrite, if that changes what it trains",
-                file=sys.stderr,
-            )
-
-    def find(self, needed: str) -> Path | None:
-        """This run's file that others need: its own, else one that serves for it, here or among the published results.
-        None if the run has to be trained for it."""
-        own = self.load_result()
-        files = [self.path / name for name in files_for(needed, own)] if own else []
-        published = RESULTS / self.path.relative_to(self.cfg.results_dir)
-        with suppress(UserError):  # published with settings or images that are not this run's
-            if theirs := self.load_result(published):
-                files += [published / name for name in files_for(needed, theirs)]
-        if self.cfg.teacher_from == "train":
-            files = [file for file in files if file.name == needed]
-        return next(filter(Path.is_file, files), None)
-
-    def load_model(self, file: Path) -> nn.Module:
-        result = read_result(file.parent)
-        name = result["model"]
-        if name and not timm.is_model(name):
-            with suppress(UserError):
-                load_recipe(result["row"])  # which may register it
-        if not name or not timm.is_model(name):
-            raise UserError(
-                f"{file.parent / 'result.json'} is of a model that timm does not know here: {str(name)[:100]}"
-            )
-        model = timm.create_model(name, num_classes=self.num_classes)
-        try:
-            model.load_state_dict(load_weights(file))
-        except RuntimeError as error:
-            reason = " ".join(line.strip() for line in str(error).splitlines()[1:])
-            raise UserError(f"{file} does not fit {name}: {reason[:200]}") from None
-        return model
-
-    def report(self, result: dict[str, Any]) -> None:
-        """Tell W&B of a run that is finished already, for a sweep that asked for it."""
-        self.model_name, self.sources = result["model"], result["sources"]
-        self._tracker().report(result)
-
-    def _tracker(self) -> Tracker:
-        cfg = self.cfg
-        kind = "teacher" if self.row.startswith("teacher_") else "student"
-        facts = {"row": self.row, "model": self.model_name, "sources": self.sources}
-        facts |= {"published": published(self.row, self.changes), "versions": self._versions()}
-        return Tracker(
-            self.path,
-            mode=cfg.wandb_mode,
-            project=cfg.wandb_project,
-            sweep=self.sweep,
-            epochs=cfg.epochs,
-            charts=cfg.wandb_charts,
-            sources=self.sources,
-            group=self.row,
-            job_type="ensemble" if not self.model_name else "kd" if self.sources else kind,
-            name=f"{self.row}-{cfg.protocol}-s{cfg.seed} {flags(self.changes)}"[:128].strip(),  # W&B takes no more
-            tags=[cfg.protocol, cfg.dataset],
-            config={**settings(cfg), **facts},
-        )
-
-    def _versions(self) -> dict[str, str | None]:
-        return {**versions(), "recipe": self.recipe}
-
-    def _resume(self, trainer: Trainer) -> dict[str, Any]:
-        """What the last checkpoint holds, its weights and momenta put in place; or a fresh start."""
-        origin = {**self._versions(), "hardware": hardware(self.device)}
-        state = data_parallel.from_first(lambda: checkpoint.load(self.path))
-        if state is None:
-            about = {"settings": settings(self.cfg), "fingerprint": self.data.fingerprint, "origins": [origin]}
-            return {**about, "source_digests": self.source_digests, "history": [], "train_seconds": 0.0}
-        digests = state.setdefault("source_digests")  # None in checkpoints from before they were kept
-        self._check_identity(state["settings"], state["fingerprint"], self.data.fingerprint, digests)
-        trainer.restore(state.pop("model"), state.pop("momentum"))
-        if changed := [f"{k} {v}, now {origin[k]}" for k, v in state["origins"][-1].items() if v != origin[k]]:
-            print(f"warning: {self.path} was begun with {'; '.join(changed)}: result.json names both", file=sys.stderr)
-            state["origins"].append(origin)
-        return state
+    def _write(self, trainer: Trainer, state: dict[str, Any], predictions: dict[str, Tensor], tracker: Tracker) -> None:
+        """What a trained run leaves: history, weights and, at last, its result. `predictions` are the last epoch's."""
+        cfg, first = self.cfg, data_parallel.rank() == 0  # which writes
+        if first:
+            write_csv(self.path / "history.csv", state["history"])
+            save_weights(self.path / "model.safetensors", trainer.model.state_dict())
+        self._save_half(trainer, predictions["probabilities"])
+        if not first:
+            return
+        choices = {"best": state["best"], "last": {"epoch": cfg.epochs, **predictions}}
+        if cfg.val_size:
+            choices["selected"] = state["selected"]
+            save_weights(self.path / "selected.safetensors", state["selected"]["model"])
+        save_weights(self.path / "best.safetensors", state["best"]["model"])
+        images, seconds = len(self.data.train_labels) * cfg.epochs, state["train_seconds"]
+        speed = {"train_seconds": seconds, "images_per_second": images / seconds}
+        speed |= {"compile": trainer.compile, "precision": trainer.precision, "processes": data_parallel.size()}
+        self._finish(choices, speed, tracker, state["origins"][:-1])
 
     def _save_half(self, trainer: Trainer, probabilities: Tensor) -> None:
         """Weights in half precision, small enough to publish; the model is left with them. Not where they would change
@@ -704,6 +494,39 @@ class Run:
             file.unlink(missing_ok=True)
             if abs(accuracies[1] - accuracies[0]) < 0.0005:
                 save_weights(file, weights)
+
+    # An ensemble -----------------------------------------------------------------------------------------
+
+    def _average(self, members: Sequence[Path], weights: Sequence[float]) -> None:
+        mean, names = {}, (*CHOICES, "val") if self.cfg.val_size else CHOICES[:2]
+        for file, weight in zip(members, weights, strict=True):
+            arrays = self._predictions(file, names)
+            for key in names:
+                mean[key] = mean.get(key, 0) + arrays[key].astype(np.float64) * (weight / sum(weights))
+        mean = {key: torch.from_numpy(value).float() for key, value in mean.items()}
+        choices = {key: {"epoch": None, "probabilities": mean[key]} for key in names if key != "val"}
+        if self.cfg.val_size:
+            choices["selected"]["val_probabilities"] = mean["val"]
+        speed = {"train_seconds": 0.0, "images_per_second": None}
+        if data_parallel.rank() == 0:
+            with self._tracker() as tracker:
+                self._finish(choices, speed, tracker)
+
+    def _predictions(self, file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """A finished run's predictions of these names: what was not published its weights predict again."""
+        arrays = load_probabilities(file) if file.suffix == ".npz" else {}
+        if not arrays.keys() >= set(names):
+            weights = file.with_name(HALF["model.safetensors"]) if arrays else file
+            self.check_source(str(file.parent), weights)
+            print(f"{file.parent} lacks predictions: making them again with {weights.name}")
+            model = self.load_model(weights).to(self.device, memory_format=torch.channels_last)
+            made = dict.fromkeys(CHOICES, self.predict(model, self.data.test_images).numpy())
+            if self.cfg.val_size and "val" not in arrays:
+                made["val"] = self.predict(model, self.data.val_images).numpy()
+            arrays = {**made, **arrays}
+        return arrays
+
+    # The result ------------------------------------------------------------------------------------------
 
     def _finish(
         self, choices: dict[str, dict[str, Any]], speed: dict[str, Any], tracker: Tracker, earlier: Sequence[dict] = ()
@@ -755,6 +578,192 @@ class Run:
             file.write(json.dumps(result, indent=2).encode())
         images = self.data.test_images if self.cfg.wandb_thumbnails else None
         tracker.finish(result, self.data.classes, images)
+
+    def load_result(self, path: Path | None = None) -> dict[str, Any] | None:
+        """What `result.json` holds, in this run's folder or in another one of the same run. None if the run is not
+        finished; while there is a checkpoint, it is being trained again.
+
+        Raises:
+            UserError: the result is damaged, or was made with other settings or images.
+        """
+        path = path or self.path
+        if not (path / "result.json").is_file() or (path / checkpoint.NAMES[0]).is_file():
+            return None
+        result = read_result(path)
+        fingerprint = self.data.fingerprint if self.cfg.dataset == "folder" else result["fingerprint"]
+        self._check_identity(result["settings"], result["fingerprint"], fingerprint)
+        return result
+
+    def _check_identity(
+        self, other: dict[str, Any], other_fingerprint: str, fingerprint: str, digests: list[str] | None = None
+    ) -> None:
+        differ = [f"{k} {other[k]}, now {v}" for k, v in identity(self.cfg).items() if other.get(k, v) != v]
+        if other_fingerprint != fingerprint:
+            differ.append("other images")
+        if digests not in (None, self.source_digests):
+            differ.append(f"other weights than are now in {', '.join(self.sources)}")
+        if differ:
+            raise UserError(
+                f"{self.path} was made with {'; '.join(differ)}: start {self.row} over with --overwrite, or choose "
+                "another --results-dir"
+            )
+
+    # Runs that this one builds upon ----------------------------------------------------------------------
+
+    def _files_of(self, rows: Sequence[str], needed: str) -> list[Path]:
+        """The file `needed` of each of these rows, or one that serves for it. Rows are trained if need be; instead of a
+        row, the folder of a finished run or an artifact will do."""
+        for row in rows:  # a wrong name is found before any row is trained
+            if not ARTIFACT.fullmatch(row) and not (Path(row) / "result.json").is_file():
+                trains = issubclass(config_type(load_recipe(row)), TrainConfig)
+                if needed == "model.safetensors" and not trains:
+                    raise UserError(f"{row} has no model that could teach: it averages those of other rows")
+        if needed == "model.safetensors":  # for a student
+            self._check_can_train()
+        files = []
+        for row in rows:
+            file = self._file_of(row, needed)
+            source = row if ARTIFACT.fullmatch(row) else str(file.parent)
+            self.source_digests.append(self.check_source(source, file))
+            self.sources.append(source)
+            files.append(file)
+        return files
+
+    def _file_of(self, row: str, needed: str) -> Path:
+        """`_files_of` for one row, not checked yet."""
+        artifact = ARTIFACT.fullmatch(row)
+        folder = fetch_artifact(row, self.cfg.results_dir / "artifacts") if artifact else Path(row)
+        if artifact or (folder / "result.json").is_file():
+            files = [folder / name for name in files_for(needed, read_result(folder))]
+            return next(filter(Path.is_file, files), files[0])
+        main = load_recipe(row)
+        handed_on = {field.name: getattr(self.cfg, field.name) for field in dataclasses.fields(Config)}
+        run = Run(row, config_type(main)(**{**handed_on, "overwrite": False}), main)
+        if file := data_parallel.from_first(lambda: run.find(needed)):
+            run.warn_of_edits(read_result(file.parent))
+            if file.parent != run.path:
+                print(f"{self.row} takes {row} from {file.parent} (--teacher-from train trains it)")
+            return file
+        run.wanted_by = [*self.wanted_by, self.path]
+        if run.path in run.wanted_by:
+            raise UserError(f"{row} needs itself: name another teacher or member")
+        print(f"{self.row} needs {row}, which is not in {run.path} yet: training it first")
+        run.needed = needed
+        run.complete(main)  # not run_row: a result whose files are gone stays until the new one is whole
+        print(f"{row} is finished: back to {self.row}")
+        return run.path / needed
+
+    def complete(self, main: Callable) -> dict[str, Any]:
+        """Run the recipe. Returns the result that it leaves.
+
+        Raises:
+            UserError: it left no result.
+        """
+        main(self.cfg, self)
+        result = data_parallel.from_first(self.load_result)
+        if result is None:
+            file = main.__code__.co_filename
+            raise UserError(f"{file}: main ended without a result: it has to call run.fit, or run.ensemble")
+        return result
+
+    def find(self, needed: str) -> Path | None:
+        """This run's file that others need: its own, else one that serves for it, here or among the published results.
+        None if the run has to be trained for it."""
+        own = self.load_result()
+        files = [self.path / name for name in files_for(needed, own)] if own else []
+        elsewhere = RESULTS / self.path.relative_to(self.cfg.results_dir)
+        with suppress(UserError):  # published with settings or images that are not this run's
+            if theirs := self.load_result(elsewhere):
+                files += [elsewhere / name for name in files_for(needed, theirs)]
+        if self.cfg.teacher_from == "train":
+            files = [file for file in files if file.name == needed]
+        return next(filter(Path.is_file, files), None)
+
+    def check_source(self, source: str, file: Path) -> str:
+        """Refuse a finished run's file that is missing or damaged, or was trained on other classes or images. Returns
+        its SHA-256."""
+        result = read_result(file.parent)
+        if not file.is_file():
+            raise UserError(f"{source} has a result.json but no {file.name}: name another run, or a row to train")
+        if result["classes"] != list(self.data.classes):
+            new = [name for name in self.data.classes if name not in result["classes"]]
+            raise UserError(
+                f"{source} knows {len(result['classes'])} classes, not the {self.num_classes} of {self.cfg.dataset}: "
+                + (f"it has never seen {', '.join(new[:5])}" if new else "it has more")
+            )
+        if result["fingerprint"] != self.data.fingerprint:
+            names = ("dataset", "image_size", "train_size", "val_size")
+            theirs, ours = result["settings"], vars(self.cfg)
+            differ = [f"{flag(k)} {theirs.get(k)}, not {ours[k]}" for k in names if theirs.get(k) != ours[k]]
+            raise UserError(
+                f"{source} was trained on other images than {self.row} is ({'; '.join(differ) or 'other files'}): name "
+                "another run, or a row to train"
+            )
+        digest = sha256(file)
+        if digest != result["files"].get(file.name):
+            raise UserError(
+                f"{file} is damaged, for it is not what result.json describes: delete it, and {result['row']} is "
+                "trained again where it is named as a row"
+            )
+        return digest
+
+    def warn_of_edits(self, result: dict[str, Any]) -> None:
+        """Say so where a finished run was made by other lines than its recipe has now."""
+        recipe = result.get("versions", {}).get("recipe")
+        if recipe not in (None, self.recipe):
+            print(
+                f"warning: the recipe of {self.row} was edited since this was made: start {self.row} over with "
+                "--overwrite, if that changes what it trains",
+                file=sys.stderr,
+            )
+
+    def load_model(self, file: Path) -> nn.Module:
+        result = read_result(file.parent)
+        name = result["model"]
+        if name and not timm.is_model(name):
+            with suppress(UserError):
+                load_recipe(result["row"])  # which may register it
+        if not name or not timm.is_model(name):
+            raise UserError(
+                f"{file.parent / 'result.json'} is of a model that timm does not know here: {str(name)[:100]}"
+            )
+        model = timm.create_model(name, num_classes=self.num_classes)
+        try:
+            model.load_state_dict(load_weights(file))
+        except RuntimeError as error:
+            reason = " ".join(line.strip() for line in str(error).splitlines()[1:])
+            raise UserError(f"{file} does not fit {name}: {reason[:200]}") from None
+        return model
+
+    # Weights & Biases ------------------------------------------------------------------------------------
+
+    def _tracker(self) -> Tracker:
+        cfg = self.cfg
+        kind = "teacher" if self.row.startswith("teacher_") else "student"
+        facts = {"row": self.row, "model": self.model_name, "sources": self.sources}
+        facts |= {"published": published(self.row, self.changes), "versions": self._versions()}
+        return Tracker(
+            self.path,
+            mode=cfg.wandb_mode,
+            project=cfg.wandb_project,
+            sweep=self.sweep,
+            epochs=cfg.epochs,
+            charts=cfg.wandb_charts,
+            sources=self.sources,
+            group=self.row,
+            job_type="ensemble" if not self.model_name else "kd" if self.sources else kind,
+            name=f"{self.row}-{cfg.protocol}-s{cfg.seed} {flags(self.changes)}"[:128].strip(),  # W&B takes no more
+            tags=[cfg.protocol, cfg.dataset],
+            config={**settings(cfg), **facts},
+        )
+
+    def report(self, result: dict[str, Any]) -> None:
+        """Tell W&B of a run that is finished already, for a sweep that asked for it."""
+        self.model_name, self.sources = result["model"], result["sources"]
+        self._tracker().report(result)
+
+    def _versions(self) -> dict[str, str | None]:
+        return {**versions(), "recipe": self.recipe}
 
 
 # 2. Facts about a run ------------------------------------------------------------------------------------
