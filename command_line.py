@@ -55,8 +55,8 @@ def parse(config: type[Settings], description: str | None = None, args: Sequence
 
 
 def _words(word: str, defaults: dict[str, Any]) -> list[str]:
-    """A word of an agent's command line as the words that a person would type. Of a switch there is one alone: what
-    turns it from its default."""
+    """A word of an agent's command line as a person would type it: a list as several words, a switch as its flag, or as
+    nothing where it has its default."""
     name, _, value = word.partition("=")
     if not name.startswith("--"):
         return [word]

@@ -278,8 +278,8 @@ class Run:
 
     @contextmanager
     def _turn(self) -> Iterator[bool]:
-        """Hold the run's folder against other runs. Whether there is still something to do: another one may have
-        finished the run while this one waited for it."""
+        """Lock the run's folder. Yields whether there is still something to do: another process may have finished the
+        run while this one waited for the lock."""
 
         def something_to_do() -> bool:
             if self.cfg.overwrite and self.path.exists():
@@ -667,8 +667,8 @@ class Run:
         return result
 
     def find(self, needed: str) -> Path | None:
-        """This run's file that others need: its own, else one that serves for it, here or among the published results.
-        None if the run has to be trained for it."""
+        """The file of this run that another run needs, or one that serves for it: from its own folder, else from the
+        results that came with the code. None if the run has to be trained first."""
         own = self.load_result()
         files = [self.path / name for name in files_for(needed, own)] if own else []
         elsewhere = RESULTS / self.path.relative_to(self.cfg.results_dir)

@@ -32,8 +32,8 @@ def errors_by_chance(count: Sequence[float], confidence: Sequence[float]) -> np.
 
 
 def consistency_bars(count: Sequence[float], confidence: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Between which accuracies, (n_bins,) and (n_bins,), a perfectly calibrated model's are in 95 of 100 test sets or
-    more, for outcomes come in steps.
+    """Lower and upper bounds, (n_bins,) each, between which a perfectly calibrated model's accuracy lies in 95 % of
+    test sets, or somewhat more, since right answers come in whole numbers.
 
     Args:
         count, confidence: as in `errors_by_chance`; whole numbers of images, none of them 0.

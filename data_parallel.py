@@ -66,7 +66,7 @@ def size() -> int:
 
 
 def from_first(compute: Callable[[], Result]) -> Result:
-    """What the first process computes, for all of them: so they agree on what a file says that another may change."""
+    """Compute in the first process alone and give all of them the result, so that they agree even if a file changes."""
     if size() == 1:
         return compute()
     result = [compute() if rank() == 0 else None]
@@ -82,7 +82,7 @@ def barrier() -> None:
 
 @contextmanager
 def one_after_all() -> Iterator[None]:
-    """Let the first process of each machine through before the others: for what it downloads and they then find."""
+    """Run the body in the first process of each machine, then in the others, which find what it downloaded."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if not first:
         barrier()

@@ -183,7 +183,7 @@ def fitted_temperature(scores: dict[str, Any]) -> float | None:
 
 
 def number(metric: str, value: float, sign: str = "") -> str:
-    """As people read it: accuracy in percent, a temperature or a correlation to what can be known of it."""
+    """A metric's value as text: accuracy in percent, temperatures and correlations to two decimals, others to four."""
     if metric == "accuracy":
         return f"{100 * value:{sign}.2f}"
     return f"{value:{sign}.{2 if metric in ('temperature', 'correlation') else 4}f}"
@@ -334,10 +334,10 @@ def _but_for(of_most: dict[str, Any], row: Row) -> dict[str, Any]:
 
 
 def best_settings(rows: Iterable[Row]) -> list[tuple[Row, int]]:
-    """For each row of which several settings were tried those with the best held-out accuracy, and how many they were.
+    """The settings with the best held-out accuracy, and how many were tried, for each row with more than one.
 
-    Only runs that trained for as long on as many images, and held as many out, compare; and as seeds have held-out
-    images of their own, only over the seeds that all settings have.
+    Settings compete only where their runs have the same epochs, images and number of held-out images. They are compared
+    over the seeds that all of them have, since each seed holds out other images.
     """
     tried: dict[tuple, list[Row]] = {}
     for row in rows:

@@ -1,5 +1,5 @@
-"""Files that are whole or not there, readers that believe none of them unseen, one process a folder, and the error that
-tells a person what to do."""
+"""The files of a run: atomic writes, readers that check what they read, a lock for each run's folder, and `UserError`,
+the error that tells a person what to do."""
 
 import csv
 import hashlib
@@ -37,14 +37,14 @@ class UserError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line; what it is, where it says nothing."""
+    """The first line of an error's message; the name of its type, if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn whatever the body raises into a `UserError` that names the file: of a file that is not whole, torch, numpy
-    and zipfile raise many kinds."""
+    """Turn whatever the body raises into a `UserError` that names the file: torch, numpy and zipfile raise many kinds
+    of errors when a file is damaged."""
     try:
         yield
     except FileNotFoundError:
@@ -187,12 +187,12 @@ def variant(changes: dict[str, Any]) -> str:
 
 
 def flag(name: str) -> str:
-    """Of a setting."""
+    """A setting's name on the command line: val_size -> --val-size."""
     return f"--{name.replace('_', '-')}"
 
 
 def flags(changes: dict[str, Any]) -> str:
-    """What to add to the recipe's command line for a variant."""
+    """The words that a variant adds to its recipe's command line: {"temperature": 4.0} -> --temperature 4."""
 
     def words(name: str, value: Any) -> Iterator[str]:
         yield flag(f"no_{name}" if value is False else name)
@@ -204,7 +204,7 @@ def flags(changes: dict[str, Any]) -> str:
 
 
 def full_name(row: str, changes: dict[str, Any]) -> str:
-    """Of a row or a variant, as people read it: with its flags."""
+    """A row's name and, for a variant, its flags: what tables and titles call it."""
     return f"{row} {flags(changes)}".strip()
 
 

@@ -68,8 +68,8 @@ class Config:
     image_size: Pixels = 32
     """side to which the images of --dataset folder are resized"""
     train_size: Count | None = None
-    """train on so many images only, if not the protocol's number: drawn at random, evenly over the classes, and the
-    same ones for every seed, unless --val-size leaves each seed others to draw from"""
+    """number of training images, if not the protocol's: drawn at random, evenly over the classes; the same images for
+    every seed, except with --val-size, where each seed holds out others"""
     val_size: Count | None = None
     """hold out so many training images: the epoch `selected` and its temperature are chosen on them"""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -70,7 +70,8 @@ class Tracker:
             offline elsewhere. Processes of a rank other than 0 are disabled.
         project: if None, WANDB_PROJECT or `calibrated-distillation`.
         sweep: report to the sweep whose agent started this process.
-        epochs, charts: of so many epochs, calibration curves are logged at so many, evenly, and at the last.
+        epochs: how many the run has.
+        charts: at how many of them, evenly spaced up to the last, calibration curves are logged.
         sources: run folders, or artifacts (entity/project/name:alias), that the run learns from: its inputs.
         about: what `wandb.init` is told besides: group, job_type, name, tags, config.
     """

@@ -41,7 +41,7 @@ class Config:
 
 
 def trained(cfg: Config, folder: Path) -> common.Run:
-    """A finished run, as far as the images and the device depend on it."""
+    """A `common.Run` with the images and the device of a finished run, to load and ask its model."""
     result = read_result(folder)
     about = {name: result[name] for name in ("protocol", "seed", "dataset")}
     about |= {name: result["settings"].get(name) for name in ("train_size", "val_size")}
