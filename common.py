@@ -1,4 +1,4 @@
-"""What the recipes share. Read it top to bottom: run, facts, command line.
+"""What the recipes share. Read it top to bottom: recipes, run, facts, command line.
 
 A recipe (`recipes/<row>.py`) says what is trained and on what objective. This module knows how: it puts the images on
 the device, augments whole batches there, trains, evaluates after every epoch, and leaves a folder of results that the
@@ -39,12 +39,12 @@ from tqdm import tqdm
 import checkpoint
 import cifar_models  # registers its models with timm
 import data_parallel
-from augmentation import AugMix, CutOut, Mix, Standard, normalize  # noqa: F401 as below
+from augmentation import AugMix, CutOut, Mix, Standard, normalize  # noqa: F401 recipes use common.Mix
 from calibration import calibration_metrics, scores_of_run, write_reliability
 from command_line import orderly_end, parse
 from consistency import errors_by_chance
 from image_data import Dataset, load_dataset
-from objectives import EnsembleDistillationTask, JsdTask, Reduction, Teacher  # noqa: F401 as above
+from objectives import EnsembleDistillationTask, JsdTask, Reduction, Teacher  # noqa: F401 recipes use common.JsdTask
 from run_files import (
     CHOICES,
     HALF,
@@ -66,7 +66,7 @@ from run_files import (
     variant,
     write_csv,
 )
-from run_settings import (  # noqa: F401 recipes use them as common.TrainConfig
+from run_settings import (  # noqa: F401 recipes use common.Positive
     PROTOCOLS,
     BatchSize,
     Config,
@@ -95,50 +95,7 @@ RESULTS = ROOT / "results"  # those that came with the code
 NEEDED_LATER = ("best.safetensors", "selected.safetensors", *HALF, *HALF.values())
 
 
-# 1. Run --------------------------------------------------------------------------------------------------
-
-
-def seed_everything(seed: int, epoch: int) -> None:
-    """Seed torch, numpy and random from the pair alone, so that an epoch is the same however the run came to it."""
-    random_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
-
-
-@functools.lru_cache(maxsize=1)
-def _shared_dataset(
-    name: str, data_dir: Path, image_size: int, train_size: int | None, val: tuple | None, device: torch.device
-) -> Dataset:
-    """What the runs of one process train on: read and moved to the device once. `val` is (size, seed)."""
-    with data_parallel.one_after_all():
-        dataset = load_dataset(name, data_dir, image_size)
-    if val:
-        dataset = dataset.hold_out(*val)
-    if train_size and train_size > len(dataset.train_labels):
-        left = f" with --val-size {val[0]}" if val else ""
-        raise UserError(f"--train-size must be at most {len(dataset.train_labels)}{left}, not {train_size}")
-    return (dataset.train_subset(train_size) if train_size else dataset).to(device)
-
-
-def run_row(row: str, main: Callable, cfg: Config) -> dict[str, Any]:
-    """Train or evaluate one row, unless it is finished. Returns what its `result.json` holds."""
-    run = Run(row, cfg, main)
-    run.sweep = in_sweep()
-    try:
-        finished = None if cfg.overwrite else data_parallel.from_first(run.load_result)
-        result = finished or run.complete(main)
-    except (RuntimeError, MemoryError) as error:  # cuBLAS and cuDNN say what they lack in words alone
-        words = "out of memory|can't allocate memory|ALLOC(ATION)?_FAILED"
-        if not isinstance(error, MemoryError) and not re.search(words, str(error)):
-            raise
-        raise UserError(
-            f"{run.device} ran out of memory: try a smaller --batch-size (or --image-size), or fewer runs at once; the "
-            "same command goes on after the last finished epoch"
-        ) from None
-    if finished:
-        print(f"{run.path} was finished before: --overwrite starts it over")
-        run.warn_of_edits(result)
-        if run.sweep:
-            run.report(result)
-    return result
+# 1. Recipes ----------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -179,6 +136,63 @@ def config_type(main: Callable) -> type[Config]:
     return config
 
 
+def run_row(row: str, main: Callable, cfg: Config) -> dict[str, Any]:
+    """Train or evaluate one row, unless it is finished. Returns what its `result.json` holds."""
+    run = Run(row, cfg, main)
+    run.sweep = in_sweep()
+    try:
+        finished = None if cfg.overwrite else data_parallel.from_first(run.load_result)
+        result = finished or run.complete(main)
+    except (RuntimeError, MemoryError) as error:  # cuBLAS and cuDNN say what they lack in words alone
+        words = "out of memory|can't allocate memory|ALLOC(ATION)?_FAILED"
+        if not isinstance(error, MemoryError) and not re.search(words, str(error)):
+            raise
+        raise UserError(
+            f"{run.device} ran out of memory: try a smaller --batch-size (or --image-size), or fewer runs at once; the "
+            "same command goes on after the last finished epoch"
+        ) from None
+    if finished:
+        print(f"{run.path} was finished before: --overwrite starts it over")
+        run.warn_of_edits(result)
+        if run.sweep:
+            run.report(result)
+    return result
+
+
+# 2. Run --------------------------------------------------------------------------------------------------
+
+
+def seed_everything(seed: int, epoch: int) -> None:
+    """Seed torch, numpy and random from the pair alone, so that an epoch is the same however the run came to it."""
+    random_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
+
+
+@functools.lru_cache(maxsize=1)
+def _shared_dataset(
+    name: str, data_dir: Path, image_size: int, train_size: int | None, val: tuple | None, device: torch.device
+) -> Dataset:
+    """What the runs of one process train on: read and moved to the device once. `val` is (size, seed)."""
+    with data_parallel.one_after_all():
+        dataset = load_dataset(name, data_dir, image_size)
+    if val:
+        dataset = dataset.hold_out(*val)
+    if train_size and train_size > len(dataset.train_labels):
+        left = f" with --val-size {val[0]}" if val else ""
+        raise UserError(f"--train-size must be at most {len(dataset.train_labels)}{left}, not {train_size}")
+    return (dataset.train_subset(train_size) if train_size else dataset).to(device)
+
+
+def check_folders(cfg: Config) -> None:
+    """Refuse a folder that is a file, and results inside the folder of the images."""
+    for name in ("data_dir", "results_dir"):
+        folder = getattr(cfg, name)
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            raise UserError(f"{flag(name)} {folder}: {existing} is a file, and not a folder")
+    if cfg.dataset != "digits" and cfg.data_dir.resolve() in (cfg.results_dir / "_").resolve().parents:
+        raise UserError(f"--results-dir {cfg.results_dir} must not be inside --data-dir {cfg.data_dir}")
+
+
 class Run:
     """One row with one seed: what a recipe's `main` builds its experiment with.
 
@@ -194,12 +208,7 @@ class Run:
         self.recipe = main and sha256(Path(main.__code__.co_filename))[:12]  # the commit does not tell of one's own
         self.changes = changes(self.cfg)
         self.path = cfg.results_dir / cfg.protocol / row / f"seed{cfg.seed}{variant(self.changes)}"
-        for name, folder in (("data_dir", cfg.data_dir), ("results_dir", cfg.results_dir)):
-            existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-            if not existing.is_dir():
-                raise UserError(f"{flag(name)} {folder}: {existing} is a file, and not a folder")
-        if self.cfg.dataset != "digits" and cfg.data_dir.resolve() in (cfg.results_dir / "_").resolve().parents:
-            raise UserError(f"--results-dir {cfg.results_dir} must not be inside --data-dir {cfg.data_dir}")
+        check_folders(self.cfg)
         if cfg.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch sees no GPU here; --device cpu goes without")
         self.device = data_parallel.join("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -766,7 +775,7 @@ class Run:
         return {**versions(), "recipe": self.recipe}
 
 
-# 2. Facts about a run ------------------------------------------------------------------------------------
+# 3. Facts about a run ------------------------------------------------------------------------------------
 
 
 def published(row: str, changes: dict[str, Any]) -> dict[str, float | None] | None:
@@ -806,7 +815,7 @@ def versions() -> dict[str, str | None]:
     return {"python": platform.python_version(), **libraries, "cuda": torch.version.cuda, "commit": commit}
 
 
-# 3. Command line -----------------------------------------------------------------------------------------
+# 4. Command line -----------------------------------------------------------------------------------------
 
 
 def cli(main: Callable[[Config, Run], None]) -> None:
