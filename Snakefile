@@ -50,7 +50,7 @@ NEEDED = {"teacher": WEIGHTS, "teachers": WEIGHTS, "members": PROBABILITIES}  # 
 
 
 def recipe(row):
-    return str(common.ROOT / "recipes" / f"{row}.py")
+    return str(common.RECIPES / f"{row}.py")
 
 
 def configured(row, variant=""):
@@ -82,9 +82,8 @@ def inputs(run):
 
 
 try:
-    recipes = sorted(path.stem for path in Path(workflow.basedir, "recipes").glob("[!_]*.py"))
     variants = [(line.row, flags_of(line.changes)) for line in sort_into_rows([])[0] if line.changes]
-    JOBS = {(row, flags): configured(row, flags) for row, flags in [(row, "") for row in recipes] + variants}
+    JOBS = {(row, flags): configured(row, flags) for row, flags in [(row, "") for row in common.recipe_names()] + variants}
 except UserError as error:
     raise WorkflowError(f"--config: {error}")
 

@@ -98,10 +98,15 @@ NEEDED_LATER = ("best.safetensors", "selected.safetensors", *HALF, *HALF.values(
 # 1. Recipes ----------------------------------------------------------------------------------------------
 
 
+def recipe_names() -> list[str]:
+    """The rows in `recipes/`; a file whose name begins with `_` is what rows share."""
+    return sorted(path.stem for path in RECIPES.glob("[!_]*.py"))
+
+
 @functools.cache
 def load_recipe(row: str) -> Callable:
     """The `main` of `recipes/<row>.py`."""
-    known = sorted(path.stem for path in RECIPES.glob("[!_]*.py"))
+    known = recipe_names()
     if row not in known:  # not a path to elsewhere either: what it names would be run
         if Path(row).is_dir():
             raise UserError(f"{row} is not the folder of a finished run: it has no result.json")

@@ -21,8 +21,8 @@ from command_line import orderly_end, parse
 from rows import (
     FURTHER,
     PUBLISHED,
+    FinishedRun,
     Row,
-    Run,
     Statistic,
     as_published,
     best_settings,
@@ -332,7 +332,7 @@ class Report:
         return cls(protocol, table, others, problems, note.read_text() if note.is_file() else "")
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[FinishedRun]:
         return [run for row in self.table + self.others for run in row.runs]
 
     @property

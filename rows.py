@@ -54,7 +54,7 @@ FURTHER = {
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """A finished run: its `result.json`, the epochs of its `history.csv` and the bins of its `reliability.csv`.
 
     Either of the latter is empty where there is no such file: an ensemble has no history, an older run no bins.
@@ -67,7 +67,7 @@ class Run:
     """SHA-256 of the three files, the same whatever the machine's line ends"""
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path) -> FinishedRun:
     """Read the run in a folder.
 
     Raises:
@@ -94,7 +94,7 @@ def read_run(path: Path) -> Run:
         there = (path / name).is_file()
         digest.update(file_bytes(path / name) if there else b"")
         tables.append(read(path / name) if there else [])
-    return Run(result, *tables, digest.hexdigest())
+    return FinishedRun(result, *tables, digest.hexdigest())
 
 
 def _whole_scores(scores: dict[str, Any]) -> bool:
@@ -212,7 +212,7 @@ class Row:
     table: str
     technique: str
     published: dict[str, float | None] = field(default_factory=dict)
-    runs: list[Run] = field(default_factory=list)
+    runs: list[FinishedRun] = field(default_factory=list)
 
     @property
     def unlike(self) -> list[str]:
@@ -290,7 +290,7 @@ class Row:
         return ours.mean - theirs, ours.beyond_chance(metric, theirs)
 
 
-def sort_into_rows(runs: Sequence[Run]) -> tuple[list[Row], list[Row]]:
+def sort_into_rows(runs: Sequence[FinishedRun]) -> tuple[list[Row], list[Row]]:
     """The lines of the table, in the published order; and other runs' lines.
 
     A table's rows may have settings of their own, all alike (`settings_of_most`). Below them are those that hold out

@@ -8,21 +8,21 @@ from scipy.stats import ttest_1samp
 import common
 import questions
 from questions import ACCURACY, ECE, ECE_SCALED, ECE_THAN_SCALED, QUESTIONS, TAUGHT_BY
-from rows import Row, Run, as_published, sort_into_rows
+from rows import FinishedRun, Row, as_published, sort_into_rows
 
 
-def runs(**scores: list[float]) -> list[Run]:
+def runs(**scores: list[float]) -> list[FinishedRun]:
     """Finished runs of the seeds 0, 1, ...: `metric=[...]`, and `scaled_metric=[...]` for after scaling."""
     made = []
     for seed, values in enumerate(zip(*scores.values(), strict=True)):
         last = dict(zip(scores, values, strict=True))
         last["scaled"] = {name[7:]: last.pop(name) for name in list(last) if name.startswith("scaled_")}
         result = {"row": "", "changes": {}, "seed": seed, "protocol": "short", "last": last}
-        made.append(Run(result, [], [], ""))
+        made.append(FinishedRun(result, [], [], ""))
     return made
 
 
-def table(**of_rows: list[Run]) -> list[Row]:
+def table(**of_rows: list[FinishedRun]) -> list[Row]:
     rows, _ = sort_into_rows([])
     for row in rows:
         row.runs = of_rows.get(row.row, []) if not row.changes else []
