@@ -35,7 +35,7 @@ from run_files import (
 from run_settings import NOT_IDENTITY, Config
 
 PUBLISHED = ("accuracy", "ece", "oe")
-CHANCE = {"accuracy": 0.005, "ece": 0.015, "oe": 0.015}  # what one seed's difference may be by chance
+SEED_NOISE = {"accuracy": 0.005, "ece": 0.015, "oe": 0.015}  # what one seed may be off by
 # Protocols that train long enough to be held against the published numbers, which are of 500 epochs.
 COMPARABLE = ("paper", "short")
 OTHER = "Other runs"  # the table of those that the published ones do not have
@@ -172,9 +172,9 @@ class Statistic(NamedTuple):
     def of(cls, values: Sequence[float]) -> "Statistic":
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
-    def beyond_chance(self, metric: str, expected: float) -> bool:
+    def beyond_seed_noise(self, metric: str, expected: float) -> bool:
         """Whether it differs by more than two standard deviations or, with one seed, 0.005 of accuracy, 0.015 else."""
-        return abs(self.mean - expected) > (CHANCE[metric] if self.sd is None else 2 * self.sd)
+        return abs(self.mean - expected) > (SEED_NOISE[metric] if self.sd is None else 2 * self.sd)
 
 
 def fitted_temperature(scores: dict[str, Any]) -> float | None:
@@ -283,11 +283,11 @@ class Row:
         return self.as_its_protocol and all(run.result["protocol"] in COMPARABLE for run in self.runs)
 
     def difference(self, choice: str, metric: str) -> tuple[float, bool] | None:
-        """Ours minus the published number, where they are comparable, and whether that is `beyond_chance`."""
+        """Ours minus the published number, where they are comparable, and whether that is `beyond_seed_noise`."""
         ours, theirs = self.statistic(choice, metric), self.published.get(metric)
         if ours is None or theirs is None or not self.comparable:
             return None
-        return ours.mean - theirs, ours.beyond_chance(metric, theirs)
+        return ours.mean - theirs, ours.beyond_seed_noise(metric, theirs)
 
 
 def sort_into_rows(runs: Sequence[FinishedRun]) -> tuple[list[Row], list[Row]]:
