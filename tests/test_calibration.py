@@ -104,7 +104,7 @@ def test_arrays_tensors_and_dtypes_agree():
     ("p", "labels", "message"),
     [
         ([[0.5, 0.6]], [0], "sum to one"),
-        ([[0.5, 0.49]], [0], "sum to one"),
+        ([[0.5, 0.4985]], [0], "sum to one"),
         ([[float("nan"), 1.0]], [0], "finite"),
         ([[float("inf"), 0.0]], [0], "finite"),
         ([[1.5, -0.5]], [0], "not negative"),

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import functools
 import hashlib
@@ -44,6 +45,7 @@ def test_image_folder(image_folder):
     assert data.classes == ("ant", "bee", "cat")
     assert data.train_images.shape == (24, 3, 16, 16) and data.train_labels.bincount().tolist() == [8, 8, 8]
     assert data.test_images.shape == (12, 3, 16, 16) and data.test_labels.bincount().tolist() == [4, 4, 4]
+    assert load_dataset("folder", image_folder, image_size=20).test_images.shape[-1] == 20  # not from the other's cache
 
 
 def test_image_folder_pixels_are_the_files(tmp_path):
@@ -320,6 +322,14 @@ def test_a_class_is_never_held_out_whole():
         assert (data.hold_out(20, seed).train_labels == 1).any()
     with pytest.raises(UserError, match="--val-size 90 cannot be held out of 100 training images"):
         data.hold_out(90, 0)
+
+
+def test_a_fingerprint_tells_apart_all_that_a_run_is_trained_and_measured_on():
+    images, labels = torch.arange(12, dtype=torch.uint8).view(4, 3, 1, 1), torch.tensor([0, 0, 1, 1])
+    data = Dataset(("a", "b"), images, labels, images, labels)
+    names = ("train_images", "train_labels", "test_images", "test_labels")
+    changes = [{name: getattr(data, name).flip(0)} for name in names] + [{"classes": ("a", "c")}]
+    assert len({of.fingerprint for of in (data, *(dataclasses.replace(data, **change) for change in changes))}) == 6
 
 
 def test_train_subset_is_even_over_the_classes():

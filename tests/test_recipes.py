@@ -11,10 +11,11 @@ from torch import nn
 import common
 from augmix import BatchedAugMix, TimmAugMix
 
-TEACHER = dict(model="wrn_40_2", augment=common.Standard, criterion=nn.CrossEntropyLoss)
-STUDENT = dict(model="shufflenet_v1", augment=common.Standard, criterion=nn.CrossEntropyLoss)
+STANDARD = dict(augment=common.Standard, padding=1 / 8, degrees=15.0, criterion=nn.CrossEntropyLoss, smoothing=0.0)
+TEACHER = dict(model="wrn_40_2", **STANDARD)
+STUDENT = dict(model="shufflenet_v1", **STANDARD)
 MIX = {**TEACHER, "augment": common.Mix, "criterion": SoftTargetCrossEntropy, "mixup_alpha": 0.0, "cutmix_alpha": 0.0}
-AUGMIX = {**TEACHER, "augment": common.AugMix, "criterion": JsdCrossEntropy, "smoothing": 0.0}
+AUGMIX = {**TEACHER, "augment": common.AugMix, "criterion": JsdCrossEntropy}
 KD = {**STUDENT, "temperature": 50.0, "task_loss_weight": 0.2, "distill_loss_weight": 0.8}
 FOUR = {"teacher_mixup", "teacher_cutmix", "teacher_cutout", "teacher_augmix"}
 BUILT = {
@@ -61,14 +62,15 @@ def built(row: str, **settings) -> dict:
     for of, names in (
         (task, ("temperature", "task_loss_weight", "distill_loss_weight", "reduction")),
         (getattr(augment, "mixup", None), ("mixup_alpha", "cutmix_alpha")),
-        (augment, ("size",)),
+        (augment, ("size", "padding", "degrees")),
     ):
         found |= {name: getattr(of, name) for name in names if hasattr(of, name)}
     if isinstance(augment, common.AugMix):
         backend = augment.augmix
         severity = backend.severity if isinstance(backend, BatchedAugMix) else backend.augmix.ops[0].magnitude
         found |= dict(backend=type(backend), severity=severity, alpha=task.criterion.alpha)
-        found["smoothing"] = getattr(task.criterion.cross_entropy_loss, "smoothing", 0.0)
+    of_labels = getattr(task.criterion, "cross_entropy_loss", task.criterion)
+    found["smoothing"] = getattr(of_labels, "smoothing", getattr(of_labels, "label_smoothing", 0.0))
     return found
 
 

@@ -20,8 +20,8 @@ from scipy.stats import binom
 import figures
 import report
 from calibration import calibration_metrics, reliability_diagram, scores_of_run
-from consistency import errors_by_chance
-from rows import Row, read_run
+from consistency import consistency_bars, errors_by_chance
+from rows import Row, Statistic, number, plus_minus, read_run
 from run_files import UserError, read_published, variant, write_csv
 from run_files import read_csv as read_numbers
 
@@ -48,7 +48,8 @@ def make_run(results, row, seed=0, changes=None, protocol="short", dataset="cifa
     about = {"row": row, "protocol": protocol, "seed": seed, "dataset": dataset, "changes": changes}
     about |= {"model": None, "sources": [], "classes": [], "fingerprint": "", "files": {}, "hardware": "abacus"}
     about |= {"settings": {"epochs": 4, "train_size": None}}
-    result = about | {name: {"epoch": 3, **scores} for name, scores in scores_of_run(arrays).items()}
+    epochs = {"best": 3, "last": 4, "selected": 2}
+    result = about | {name: {"epoch": epochs[name], **scores} for name, scores in scores_of_run(arrays).items()}
     (folder / "result.json").write_text(json.dumps(result, indent=2))
     write_csv(folder / "reliability.csv", calibration_metrics(arrays["best"], labels).bins)
     if not row.endswith("ensemble"):
@@ -142,10 +143,41 @@ def test_table_has_mean_and_deviation_over_seeds_and_every_row(results):
     assert (line["minutes"], empty["minutes"]) == ("3.0", "") and "run on abacus" in markdown  # 4 * 30 s and 4 * 60 s
 
 
+def test_every_cell_is_of_its_column_and_its_epoch(results):
+    assert run(results) == 0
+    text = (results / "short" / "table.md").read_text()
+    runs = [json.loads(file.read_text()) for file in results.glob("short/kd_cutmix/*/result.json")]
+    main = {"Accuracy, %": ("accuracy", 0.7462), "ECE": ("ece", 0.0552), "OE": ("oe", 0.0357)}
+    further = {"ECE, 15 bins": "ece_15", "adaptive ECE": "adaptive_ece", "classwise ECE": "classwise_ece"}
+    further |= {"NLL": "nll", "Brier": "brier"}
+
+    def lines(header: str) -> list[dict[str, str]]:
+        table = text[text.index(header) :].split("\n\n")[0].splitlines()
+        titles, *cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
+        return [dict(zip(titles, line, strict=True)) for line in cells if line[0] == "`kd_cutmix`"]
+
+    def shown(metric: str, values: list[float], than: float | None = None) -> str:
+        statistic = Statistic.of(values)
+        difference = "" if than is None else f" ({number(metric, statistic.mean - than, '+')})"
+        return plus_minus(metric, statistic, " ± ") + difference
+
+    [line] = lines("| Recipe | Seeds |")
+    for choice, more in zip(("best", "last"), lines("| Recipe | Epoch |"), strict=True):
+        scores = [result[choice] for result in runs]
+        for title, (metric, published) in main.items():
+            cell = shown(metric, [score[metric] for score in scores], than=published)
+            assert line[f"{title}: {choice}"].strip("*") == cell
+        for title, metric in further.items():
+            pair = [shown(metric, [score[metric] for score in of]) for of in (scores, [s["scaled"] for s in scores])]
+            assert more[title] == " → ".join(pair)
+        assert more["Epoch"] == choice
+        assert more["Temperature"] == shown("temperature", [np.mean(score["temperatures"]) for score in scores])
+
+
 @pytest.mark.parametrize(
     ("accuracies", "outside"),
     [([0.7502], False), ([0.7522], True), ([0.7415], False), ([0.7402], True),  # one seed: 0.5 points from 0.7462
-     ([0.76, 0.77], True), ([0.74, 0.77], False), ([0.7463, 0.7463], True)],  # more: two standard deviations
+     ([0.76, 0.77], True), ([0.76, 0.78], False), ([0.7463, 0.7463], True)],  # more: two standard deviations
 )  # fmt: skip
 def test_difference_is_marked_outside_what_chance_explains(results, accuracies, outside):
     shutil.rmtree(results / "short" / "kd_cutmix")
@@ -162,16 +194,17 @@ def test_difference_is_marked_outside_what_chance_explains(results, accuracies, 
 
 def test_calibration_is_marked_beyond_0_015_with_one_seed(tmp_path, no_figures):
     folder = make_run(tmp_path, "kd_cutmix")
-    for ece, outside in ((0.0552 + 0.014, False), (0.0552 - 0.016, True)):
-        edit_result(folder, ece=ece)
-        [row] = [row for row in rows_of(tmp_path) if row.row == "kd_cutmix"]
-        assert row.difference("best", "ece")[1] is outside
+    for metric, published in (("ece", 0.0552), ("oe", 0.0357)):
+        for value, outside in ((published + 0.014, False), (published - 0.016, True)):
+            edit_result(folder, **{metric: value})
+            [row] = [row for row in rows_of(tmp_path) if row.row == "kd_cutmix"]
+            assert row.difference("best", metric)[1] is outside
 
 
 def test_variants_are_lines_of_their_own(results, capsys):
     published = make_run(results, "kd_vanilla", changes={"temperature": 4.0})
     make_run(results, "kd_cutmix", changes={"epochs": 2, "teacher": "teacher_cutmix"})
-    make_run(results, "my_own_row")
+    make_run(results, "my_own_row", dataset="folder")  # which takes no published number from the others
     assert run(results) == 0
     seeds = {(line["row"], line["changes"], line["table"]): line["seeds"] for line in read_csv(results)}
     assert seeds["kd_vanilla", '{"temperature": 4}', "Individual KD"] == "1"
@@ -206,8 +239,14 @@ def test_terminal_fits_100_columns_and_says_what_the_files_say(results, capsys):
     out = capsys.readouterr().out
     tables = out[: out.index("written: ")]
     assert max(map(len, tables.splitlines())) <= 100
-    best = next(line for line in read_csv(results) if line["row"] == "kd_cutmix")
-    assert f"{100 * float(best['accuracy']):.2f}±{100 * float(best['accuracy_sd']):.2f}" in tables
+    header = next(line for line in tables.splitlines() if "ECE, 100 bins" in line)
+    best, last = (line for line in read_csv(results) if line["row"] == "kd_cutmix")
+    for line in (best, last):
+        accuracy = f"{100 * float(line['accuracy']):.2f}±{100 * float(line['accuracy_sd']):.2f}"
+        [printed] = [text for text in tables.splitlines() if line["epoch"] in text and accuracy in text]
+        for metric, title in (("ece", "ECE, 100 bins"), ("oe", "OE, 100 bins")):
+            cell = f"{float(line[metric]):.4f}±{float(line[f'{metric}_sd']):.4f}".replace("±0.", "±.")
+            assert printed[: header.index(title) + len(title)].endswith(cell)
     assert f"{float(best['adaptive_ece_scaled']):.4f}" in tables
 
 
@@ -444,7 +483,7 @@ def test_of_each_row_the_settings_are_shown_that_held_out_images_chose(tmp_path,
         result["fingerprint"] = f"with the images of seed {seed} held out"
         (folder / "result.json").write_text(json.dumps(result))
         lines = (folder / "history.csv").read_text().splitlines()
-        values = ["val_accuracy", 0.99, 0.99, held_out, 0.99]  # the epoch that was chosen is the third
+        values = ["val_accuracy", 0.99, held_out, 0.99, 0.99]  # the epoch that was chosen is the second
         (folder / "history.csv").write_text("\n".join(f"{e},{v}" for e, v in zip(lines, values, strict=True)))
         return result["selected"]
 
@@ -472,6 +511,8 @@ def test_of_each_row_the_settings_are_shown_that_held_out_images_chose(tmp_path,
     assert f"| 3 | 3 | 62.00 ± 2.00 | {np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} |" in lines[3]
     values = [scores["scaled"]["ece_15"] for scores in chosen]
     assert f"| {np.mean(values):.4f} ± {np.std(values, ddof=1):.4f} |" in lines[3]
+    values = [scores["temperatures"][0] for scores in chosen]
+    assert lines[3].endswith(f"| {np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} |")
     shutil.rmtree(tmp_path / "short" / "kd_cutmix")
     shutil.rmtree(tmp_path / "short" / "student_baseline")
     shutil.rmtree(tmp_path / "short" / "kd_augmix")
@@ -643,6 +684,33 @@ def test_a_students_temperature_is_drawn_over_its_teachers_seed_by_seed(tmp_path
     assert marks.get_xydata() == pytest.approx(np.transpose([fitted["teacher_mixup"][:2], fitted["kd_mixup"]]))
     assert marks.get_label() == "kd_mixup"
     assert figures.taught([rows["kd_mixup"], rows["student_baseline"]]) == []
+
+
+def test_figures_show_the_numbers_of_their_row(tmp_path):
+    for seed in (0, 1):
+        make_run(tmp_path, "kd_cutmix", seed)
+    [row] = rows = [row for row in rows_of(tmp_path) if row.runs]
+    accuracy, ece, oe = (row.statistic("best", metric) for metric in ("accuracy", "ece", "oe"))
+    runs = [np.array([[b[name] for b in run.bins] for name in ("count", "accuracy", "confidence")]) for run in row.runs]
+    pooled = sum(np.stack([n, n * a, n * c]) for n, a, c in runs).reshape(3, 20, 5).sum(2)
+    count, correct, confident = pooled[:, pooled[0] > 0]
+
+    panel = figures.reliability(rows).axes[0]
+    assert [bar.get_height() for bar in panel.containers[0]] == pytest.approx(correct / count)
+    ends = [segment[:, 1] for segment in panel.collections[0].get_segments()]
+    assert np.allclose(ends, np.stack(consistency_bars(np.ceil(count / 2), confident / count), 1))
+    errors = [f"{name} {plus_minus('ece', of, ' ± ')}" for name, of in (("ECE", ece), ("OE", oe))]
+    assert panel.get_title() == "\n".join(["kd_cutmix", *errors])
+    means = [line.get_xdata()[0] for line in figures.confidence(rows).axes[0].lines]
+    assert means == pytest.approx([correct.sum() / 400, confident.sum() / 400])
+    axes = figures.accuracy_ece(rows).axes[0]
+    assert axes.containers[0].lines[0].get_xydata() == pytest.approx(np.array([[100 * accuracy.mean, ece.mean]]))
+    [published] = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
+    assert published.get_xydata() == pytest.approx(np.array([[74.62, 0.0552]]))
+    for metric, values, theirs in (("accuracy", [20, 40, 60, 80], 74.62), ("ece", [0.25, 0.2, 0.15, 0.1], 0.0552)):
+        falls, mean, published = figures.training(rows, metric).axes[0].lines
+        assert falls.get_xdata()[0] == 2.5 and mean.get_xydata() == pytest.approx(np.stack([[1, 2, 3, 4], values], 1))
+        assert published.get_ydata()[0] == pytest.approx(theirs)
 
 
 def test_bins_of_few_images_show_by_their_bars_what_they_are_worth(tmp_path):

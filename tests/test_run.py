@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import THREE_STEPS, Killed, die, in_epoch, run_row
 
 import calibration
@@ -25,9 +26,11 @@ from consistency import errors_by_chance
 from run_files import (
     HALF,
     UserError,
+    csv_text,
     files_for,
     load_probabilities,
     load_weights,
+    read_csv,
     read_result,
     save_log_probabilities,
     sha256,
@@ -77,9 +80,8 @@ def test_every_file_is_there_and_consistent(tmp_path):
         "epochs": 2, "milestones": [2], "train_size": 96, "lr": 0.05
     }  # fmt: skip
     assert set(result["versions"]) == {"python", "torch", "timm", "numpy", "cuda", "commit", "recipe"}
-    assert (
-        result["versions"]["torch"] == torch.__version__ and result["images_per_second"] > 0 < result["train_seconds"]
-    )
+    assert result["versions"]["torch"] == torch.__version__ and result["train_seconds"] > 0
+    assert result["images_per_second"] * result["train_seconds"] == pytest.approx(2 * 96)
 
     with (path / "history.csv").open() as file:
         history = list(csv.DictReader(file))
@@ -116,7 +118,10 @@ def test_a_finished_run_is_only_printed(tmp_path, monkeypatch):
     text = common.summary(first, path)
     assert text.startswith("kd_cutmix --epochs 1 --milestones 1 --train-size 96, protocol smoke, seed 0, digits\n")
     assert "published for the row, CIFAR-100" in text and "74.62%" in text
-    assert f"{first['best']['accuracy']:.2%}" in text
+    for name in ("best", "last"):
+        scores = {"epoch": 7, "accuracy": 0.25, "ece": 0.5, "oe": 0.125}
+        line = f"{name + ' (epoch 7)':34}   25.00%    0.5000   0.1250"
+        assert line in common.summary(first | {name: scores}, path).splitlines()
     assert str(path / "result.json") in text and str(path / "reliability.png") in text
     count, _, confidence = np.loadtxt(path / "reliability.csv", delimiter=",", skiprows=1).T
     ece, oe = errors_by_chance(count, confidence)[:, 0]
@@ -347,6 +352,8 @@ def test_of_published_predictions_only_those_of_the_last_epoch_are_made_again(tm
     mean = load_probabilities(path / "probabilities.npz")
     np.testing.assert_allclose(mean["best"], arrays["best"][::-1], rtol=2e-3)
     np.testing.assert_allclose(mean["last"], arrays["last"], rtol=0.05)  # by weights in half precision
+    bins = common.calibration_metrics(mean["best"], mean["labels"]).bins
+    assert (path / "reliability.csv").read_text() == csv_text(bins)
 
 
 def test_recomputed_predictions_are_as_a_run_writes_them_today(tmp_path):
@@ -361,6 +368,19 @@ def test_recomputed_predictions_are_as_a_run_writes_them_today(tmp_path):
     (path / "result.json").write_text(json.dumps(result))
     rows.recompute(path)
     assert [(path / name).read_bytes() for name in (file.name, "result.json", "probabilities.npz")] == before
+
+
+def test_weights_that_half_precision_makes_worse_are_not_published(tmp_path, monkeypatch):
+    """Beside a model that is always right, any is."""
+    real = common.Run._save_half
+
+    def beside_the_right_ones(run, trainer, probabilities):
+        real(run, trainer, torch.eye(10)[run.data.test_labels])
+
+    monkeypatch.setattr(common.Run, "_save_half", beside_the_right_ones)
+    _, path = run_row("student_baseline", tmp_path)
+    assert not (path / HALF["model.safetensors"]).exists()
+    assert "last" in load_probabilities(path / HALF["probabilities.npz"])  # which no weights make again
 
 
 def test_weights_serve_for_no_predictions_of_other_epochs():
@@ -391,7 +411,7 @@ def test_a_teacher_of_other_images_or_classes_is_refused(tmp_path, image_folder)
 
 
 def test_ensembles_average_their_members_probabilities(tmp_path):
-    members = [str(run_row("student_baseline", tmp_path, seed=seed)[1]) for seed in (0, 1)]
+    members = [str(run_row("student_baseline", tmp_path, seed=seed)[1]) for seed in (1, 0)]
     result, path = run_row("teacher_ensemble", tmp_path, members=tuple(members), weights=(3.0, 1.0))
     arrays = [np.load(Path(member) / "probabilities.npz") for member in members]
     for which in ("best", "last"):
@@ -529,6 +549,32 @@ def test_a_network_of_ones_own_learns_from_another(recipes, tmp_path):
     )
     result = common.run_row("own_student", common.load_recipe("own_student"), cfg)
     assert (result["model"], result["sources"]) == ("other_net", [str(folder)])
+
+
+def test_a_run_is_what_the_plainest_loop_makes_of_its_images(recipes, tmp_path):
+    """Each once an epoch, with its label, in an order and in views by seed and epoch; at the rate the history names."""
+    (recipes / "own.py").write_text(OWN_NETWORK.format(task="ClassificationTask", name="plain_net", teacher=""))
+    _, path = run_row("own", tmp_path / "results", epochs=3, milestones=(2,), train_size=72, batch_size=32, seed=3)
+    data, losses = common.load_dataset("digits", Path()).train_subset(72), []
+    common.seed_everything(3, 0)
+    model = timm.create_model("plain_net", num_classes=10)
+    begin = model[2].weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=5e-4)
+    for epoch, lr in ((1, 0.05), (2, 0.05), (3, 0.005)):
+        common.seed_everything(3, epoch)
+        optimizer.param_groups[0]["lr"], total = lr, 0.0
+        for index in torch.randperm(72).split(32):
+            views, labels = common.Standard()(data.train_images[index], data.train_labels[index])
+            loss = F.cross_entropy(model(views), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            total += loss.item() * len(index)
+        losses.append(total / 72)
+    trained = load_weights(path / "model.safetensors")["2.weight"]
+    torch.testing.assert_close(trained, model[2].weight.detach(), rtol=1e-4, atol=1e-6)
+    assert (trained - begin).abs().max() > 0.01
+    assert [line["train_loss"] for line in read_csv(path / "history.csv")] == pytest.approx(losses, rel=1e-5)
 
 
 def test_rows_that_need_each_other_are_named(recipes, tmp_path):

@@ -58,6 +58,7 @@ def test_settings_are_the_papers(row):
         (dict(protocol="quick"), 30, (19, 23, 27)),
         (dict(protocol="short", epochs=120), 120, (75, 90, 105)),
         (dict(epochs=1), 1, (1, 1, 1)),  # no milestone before the first epoch
+        (dict(epochs=10), 10, (3, 4, 5)),  # the first that is no earlier than in proportion
         (dict(protocol="brief"), 8, (5, 7)),
         (dict(protocol="cpu"), 5, (4,)),
         (dict(protocol="smoke"), 4, (3,)),
@@ -116,6 +117,9 @@ def test_a_rows_folder_and_its_variants():
     variants = [
         folder(temperature=4.0), folder(temperature=5.0), folder(epochs=10), folder(lr=0.1), folder(train_size=5000),
         folder(dataset="digits"), folder(teacher="teacher_mixup"), folder(temperature=4.0, lr=0.1),
+        folder(kd_weight=0.5), folder(ce_weight=0.5), folder(batch_size=32), folder(momentum=0.5), folder(val_size=9),
+        folder(weight_decay=0.1), folder(milestones=(9,)), folder(precision="bf16"), folder(dataset="folder"),
+        folder(dataset="folder", image_size=64),
     ]  # fmt: skip
     assert len(set(variants)) == len(variants)
     assert all(re.fullmatch(r"results/paper/kd_cutmix/seed0-[0-9a-f]{8}", path) for path in variants)

@@ -135,6 +135,8 @@ def test_only_the_same_views_are_shared(monkeypatch):
         monkeypatch.undo()
     assert len({name for names in (same, *others) for name in names}) == 1 + len(others)
     assert files(augment=common.CutOut()) == [] and files(kind=Own) == []
+    monkeypatch.setattr(common.data_parallel, "size", lambda: 2)  # where each process sees but its share of a step
+    assert files() == []
 
 
 def test_a_task_of_ones_own_shares_nothing_and_trains():
