@@ -706,7 +706,7 @@ class Run:
                 + (f"it has never seen {', '.join(new[:5])}" if new else "it has more")
             )
         if result["fingerprint"] != self.data.fingerprint:
-            names = ("dataset", "image_size", "train_size", "val_size")
+            names = ("dataset", "image_size", "train_size", "val_size", *["seed"] * bool(self.cfg.val_size))
             theirs, ours = result["settings"], vars(self.cfg)
             differ = [f"{flag(k)} {theirs.get(k)}, not {ours[k]}" for k in names if theirs.get(k) != ours[k]]
             raise UserError(
@@ -722,7 +722,8 @@ class Run:
         return digest
 
     def warn_of_edits(self, result: dict[str, Any]) -> None:
-        """Say so where a finished run was made by other lines than its recipe has now."""
+        """Say so where a finished run was made by other lines than its recipe has now, or of other weights than its
+        teachers or members have."""
         recipe = result.get("versions", {}).get("recipe")
         if recipe not in (None, self.recipe):
             print(
@@ -730,6 +731,14 @@ class Run:
                 "--overwrite, if that changes what it trains",
                 file=sys.stderr,
             )
+        for source, digest in zip(result["sources"], result.get("source_digests") or [], strict=False):
+            with suppress(OSError, UserError):  # one that is not here, as an artifact, cannot be asked
+                if digest not in read_result(Path(source))["files"].values():
+                    print(
+                        f"warning: {source} is not what it was when {self.row} was made of it: start {self.row} over "
+                        "with --overwrite",
+                        file=sys.stderr,
+                    )
 
     def load_model(self, file: Path) -> nn.Module:
         result = read_result(file.parent)

@@ -295,7 +295,7 @@ def sort_into_rows(runs: Sequence[FinishedRun]) -> tuple[list[Row], list[Row]]:
 
     A table's rows may have settings of their own, all alike (`settings_of_most`). Below them are those that hold out
     another number of images. Rows have their published numbers, unless no run is of CIFAR-100; without runs they are
-    empty lines, which images of one's own do without.
+    empty lines, which images of one's own do without. Beside runs of CIFAR-100, those of other images are others.
     """
     lines: dict[str, Row] = {}
     for run in sorted(runs, key=lambda run: run.result["seed"]):
@@ -303,12 +303,13 @@ def sort_into_rows(runs: Sequence[FinishedRun]) -> tuple[list[Row], list[Row]]:
         lines.setdefault(row.label, row).runs.append(run)
     published, table = read_published(), []
     names = {line["row"] for line in published}
-    of_most = settings_of_most(row for row in lines.values() if row.row in names)
     elsewhere = bool(runs) and all(run.result["dataset"] != "cifar100" for run in runs)
+    fitting = [row for row in lines.values() if elsewhere or row.runs[0].result["dataset"] == "cifar100"]
+    of_most = settings_of_most(row for row in fitting if row.row in names)
     for line in published:
         numbers = {} if elsewhere else {metric: line[metric] for metric in PUBLISHED}
         changes = of_most | line["changes"]
-        like = [row for row in lines.values() if row.row == line["row"] and _but_for(of_most, row) == line["changes"]]
+        like = [row for row in fitting if row.row == line["row"] and _but_for(of_most, row) == line["changes"]]
         if not any(row.changes == changes for row in like) and (numbers or not changes):
             like.append(Row(line["row"], changes, "", ""))
         for row in sorted(like, key=lambda row: (row.changes != changes, row.label)):

@@ -63,7 +63,6 @@ def test_command(command, results, tmp_path, image_folder, monkeypatch):
         shutil.copytree(image_folder, cfg.data_dir)
         tiny |= dict(train_size=None, val_size=6, results_dir=tmp_path / "results")
     result = common.run_row(script.stem, main, dataclasses.replace(cfg, **tiny))
-    assert result["last"]["accuracy"] >= 0
     assert result["dataset"] == ("folder" if cfg.dataset else "digits")
 
 

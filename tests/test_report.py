@@ -566,6 +566,17 @@ def test_of_other_images_the_published_numbers_are_left_out(tmp_path, no_figures
     assert {line["accuracy_published"] for line in read_csv(tmp_path, "smoke")} == {""}
 
 
+def test_other_images_have_no_place_in_a_table_of_cifar100(tmp_path, no_figures):
+    for row in ("teacher_baseline", "kd_vanilla"):
+        make_run(tmp_path, row, changes={"epochs": 60, "dataset": "folder"}, dataset="folder")
+    make_run(tmp_path, "teacher_baseline")
+    found = report.Report.read(tmp_path, "short")
+    assert [row.label for row in found.table if row.runs] == ["teacher_baseline"]
+    assert [row.changes for row in found.table if row.row == "teacher_baseline"] == [{}]
+    assert [row.row for row in found.others] == ["kd_vanilla", "teacher_baseline"]
+    assert not any(row.published for row in found.others)
+
+
 def test_own_readme_is_not_touched_for_results_elsewhere(results):
     before = (ROOT / "README.md").read_bytes()
     run(results)

@@ -644,6 +644,22 @@ def test_a_teacher_whose_recipe_was_edited_since_is_named(recipes, tmp_path, cap
     assert "the recipe of own was edited since this was made" in capsys.readouterr().err
 
 
+def test_a_run_whose_teacher_or_member_was_trained_anew_is_named(tmp_path, capsys):
+    made = {"kd_vanilla": dict(teacher="student_baseline")}
+    made["student_ensemble"] = dict(members=("student_baseline",), weights=(1,))
+    (_, source), (_, other) = (run_row("student_baseline", tmp_path, seed=seed) for seed in (0, 1))
+    for _ in range(2):
+        for row, settings in made.items():
+            run_row(row, tmp_path, **settings)
+    assert "is not what it was" not in capsys.readouterr().err
+    shutil.rmtree(source)
+    shutil.copytree(other, source)
+    for row, settings in made.items():
+        run_row(row, tmp_path, **settings)
+        message = f"{source} is not what it was when {row} was made of it: start {row} over with --overwrite"
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("temperature", [1.0, 1.1])
 def test_a_temperature_that_cannot_be_fitted_is_named(temperature, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(calibration, "fit_temperature", lambda *predictions: temperature)

@@ -119,6 +119,13 @@ def test_members_with_other_held_out_images_are_refused(trained, tmp_path):
         run.ensemble([str(trained.path)], [1])
 
 
+def test_of_members_of_another_seed_the_seed_is_named(trained, tmp_path):
+    values = {name: getattr(trained.cfg, name) for name in vars(common.Config())}
+    run = common.Run("student_ensemble", EnsembleConfig(**{**values, "seed": 1, "results_dir": tmp_path}))
+    with pytest.raises(UserError, match=rf"than student_ensemble is \(--seed {trained.cfg.seed}, not 1\)"):
+        run.ensemble([str(trained.path)], [1])
+
+
 def test_a_stopped_run_resumes_to_the_same_selection(trained, tmp_path, monkeypatch):
     main, predict, calls = common.load_recipe("student_baseline"), common.Run.predict, []
     cfg = common.config_type(main)(**{**vars(trained.cfg), "results_dir": tmp_path})
