@@ -73,10 +73,9 @@ def statistics(p: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
     constant for each image, is the root mean square of log p less its mean over the classes: divided by the
     temperature it is the size that would be calibrated.
     """
-    p = p.double()
     temperature = fit_temperature(p, labels)
-    q = scale_temperature(p, temperature)
-    logits, right = p.clamp(min=torch.finfo(torch.float32).tiny).log(), (p.argmax(1) == labels).double()
+    p, q = (scale_temperature(p, t) for t in (1.0, temperature))  # in float64, without a 0
+    logits, right = p.log(), (p.argmax(1) == labels).double()
     target = logits.gather(1, labels[:, None]).squeeze(1)
     mean = (q * logits).sum(1)
     variance = (q * logits.square()).sum(1) - mean.square()

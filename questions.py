@@ -71,11 +71,12 @@ QUESTIONS = (
 
 INTRODUCTION = """\
 Differences between rows of the same seed at the last epoch, mean ± standard deviation over the seeds. In bold where a
-t-test has p < 0.05, as up to one in twenty would by chance alone. How far seeds are apart is told from all rows of a
-column together, for one row's two or three seeds may happen to be alike; it takes two seeds of three rows or three of
-one, and with fewer nothing is bold. All seeds share the test images, so bold speaks of these: on others a small
-difference may come out differently. *Scaled* is after temperature scaling, in the 15 bins of Guo et al. (2017), for in
-100 chance hides what little it leaves. Lower ECE is better."""
+t-test has p < 0.05: by chance alone two to five in a hundred, if all rows are equally noisy; of a row that is two or
+three times as noisy as the others, up to one in five. How far seeds are apart is told from all rows of a column
+together, for one row's two or three seeds may happen to be alike; it takes two seeds of three rows or three of one, and
+with fewer nothing is bold. All seeds share the test images, so bold speaks of these: on others a small difference may
+come out differently. *Scaled* is after temperature scaling, in the 15 bins of Guo et al. (2017), for in 100 chance
+hides what little it leaves. Lower ECE is better."""
 
 
 def _by_seed(row: Row, metric: str, scaled: bool = False) -> dict[int, float]:
@@ -113,9 +114,10 @@ def significant(column: Sequence[Sequence[float]]) -> list[bool]:
     """For the differences of each row from one and the same, whether they are not zero but for chance.
 
     By Student's t-test, p < 0.05, with the `pooled` standard deviation and at least two degrees of freedom. With
-    4 to 8 equally noisy rows it finds a difference of two standard deviations in 39 to 48 % of cases with two seeds, in
-    78 to 82 % with three (each row tested alone: 18 and 47 %). It finds one where there is none in 2 to 4 % (alone: 5),
-    or in 5 to 7 % where the row that is subtracted is twice as noisy as the others. All simulated.
+    4 to 8 equally noisy rows it finds one of two standard deviations of a difference in 39 to 48 % of cases with two
+    seeds, in 78 to 82 % with three (each row tested alone: 18 and 47 %). It finds one where there is none in 2 to 4 %
+    (alone: 5), in 5 to 7 % where the row that is subtracted is twice as noisy as the others, and of a row that is
+    itself two or three times as noisy in 6 to 15 % with two seeds, 10 to 22 % with three. All simulated.
     """
     from scipy.stats import t
 
