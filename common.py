@@ -274,8 +274,10 @@ class Run:
     def ensemble(self, rows: Sequence[str], weights: Sequence[float]) -> None:
         """Evaluate the weighted mean of the softmax outputs of finished rows: `best` of their best epochs, `last` of
         their last, `selected` of those. Members that are not there yet are trained first, as `teacher` does."""
-        if len(rows) != len(weights) or sum(weights) <= 0:
-            raise UserError(f"--weights takes as many numbers as there are --members, {len(rows)}, not all 0")
+        if len(rows) != len(weights):
+            raise UserError(f"--weights takes as many numbers as there are --members: {len(rows)}, not {len(weights)}")
+        if sum(weights) <= 0:
+            raise UserError("--weights must not all be 0")
         members = self._files_of(rows, "probabilities.npz")
         with self._turn() as mine:
             if mine:

@@ -195,8 +195,8 @@ def markdown(protocol: str, rows: Sequence[Row], others: Sequence[Row], note: st
         "fitted on the held-out images. Adaptive ECE and classwise ECE have 15 bins."
     )
     if rows and others:
-        parts += ["## Other runs", "Settings that the published table does not have.", markdown_main_table(others)]
-        parts.append(markdown_further_table(others))
+        parts += ["## Other runs", "Rows and settings that the published table does not have."]
+        parts += [markdown_main_table(others), markdown_further_table(others)]
     return "\n\n".join(parts) + "\n"
 
 
