@@ -531,6 +531,9 @@ class Run:
     def _predictions(self, file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
         """A finished run's predictions of these names: what was not published its weights predict again."""
         arrays = load_probabilities(file) if file.suffix == ".npz" else {}
+        result = read_result(file.parent)
+        if arrays and result["best"].get("epoch") == result["last"].get("epoch"):
+            arrays.setdefault("last", arrays["best"])
         if not arrays.keys() >= set(names):
             weights = file.with_name(HALF["model.safetensors"]) if arrays else file
             self.check_source(str(file.parent), weights)

@@ -170,12 +170,12 @@ def load_probabilities(path: Path) -> "dict[str, np.ndarray]":
 
 def save_log_probabilities(folder: Path, arrays: "dict[str, np.ndarray]") -> None:
     """Write `log_probabilities.fp16.npz`, a run's predictions small enough to publish: without those of the last epoch
-    where its weights are there in half precision too, and make them again."""
+    where they are the best one's, or where its weights are there in half precision too, and make them again."""
     import numpy as np
 
     with np.errstate(divide="ignore"):
         half = {k: np.log(v).astype(np.float16) if v.dtype.kind == "f" else v for k, v in arrays.items()}
-    if (folder / HALF["model.safetensors"]).is_file():
+    if (folder / HALF["model.safetensors"]).is_file() or np.array_equal(arrays["best"], arrays["last"]):
         del half["last"]
     with atomic_write(folder / HALF["probabilities.npz"]) as file:
         np.savez_compressed(file, **half)

@@ -333,8 +333,10 @@ def test_published_predictions_make_an_ensemble(needed, val_size, tmp_path, monk
     half_teacher(tmp_path / "a", tmp_path / "published", files, val_size=val_size)
     settings = dict(members=("teacher_cutmix",), weights=(1.0,), val_size=val_size)
     results = [run_row("teacher_ensemble", tmp_path / folder, **settings)[0] for folder in ("a", "b")]
-    assert "needs teacher_cutmix" not in (told := capsys.readouterr().out)
-    assert re.search(r"/published/\S+ lacks predictions: making them again with model.fp16.safetensors", told)
+    told = capsys.readouterr().out
+    assert "needs teacher_cutmix" not in told
+    made = re.search(r"/published/\S+ lacks predictions: making them again with model.fp16.safetensors", told)
+    assert bool(made) == (needed == "model.safetensors")  # predictions of `best` are those of `last` here
     for choice in ("best", "last", "selected")[: 3 if val_size else 2]:
         for metric in ("nll", "ece", "brier"):
             assert results[0][choice][metric] == pytest.approx(results[1][choice][metric], rel=2e-3)
@@ -347,6 +349,7 @@ def test_of_published_predictions_only_those_of_the_last_epoch_are_made_again(tm
     (member / "probabilities.npz").unlink()
     result = json.loads((member / "result.json").read_text())
     result["files"][HALF["probabilities.npz"]] = sha256(member / HALF["probabilities.npz"])
+    result["best"]["epoch"] = 7
     (member / "result.json").write_text(json.dumps(result))
     _, path = run_row("student_ensemble", tmp_path, members=(str(member),), weights=(1.0,))
     mean = load_probabilities(path / "probabilities.npz")
@@ -380,7 +383,10 @@ def test_weights_that_half_precision_makes_worse_are_not_published(tmp_path, mon
     monkeypatch.setattr(common.Run, "_save_half", beside_the_right_ones)
     _, path = run_row("student_baseline", tmp_path)
     assert not (path / HALF["model.safetensors"]).exists()
-    assert "last" in load_probabilities(path / HALF["probabilities.npz"])  # which no weights make again
+    file, arrays = path / HALF["probabilities.npz"], dict(np.load(path / "probabilities.npz"))
+    assert "last" not in load_probabilities(file)  # for they are those of `best`
+    save_log_probabilities(path, {**arrays, "best": arrays["best"][::-1]})  # as of another epoch
+    assert "last" in load_probabilities(file)  # which no weights make again
 
 
 def test_weights_serve_for_no_predictions_of_other_epochs():
