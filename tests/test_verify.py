@@ -63,6 +63,12 @@ def test_a_number_that_is_not_what_the_weights_say_is_named(metric, more, result
     assert [line.split("/")[1] for line in lines if "differs" in line] == ["student_ensemble"]
 
 
+def test_an_older_result_is_verified_by_what_it_has(results, capsys):
+    edit(results, "student_ensemble", lambda result: result["last"].pop("nll"))
+    status, lines = verified(results, capsys)
+    assert status == 0 and lines[-1].startswith("4 of 4")
+
+
 def test_other_weights_are_refused_and_the_rest_verified(results, capsys):
     first, other = sorted(results.glob("smoke/student_baseline/*/*.safetensors"))
     first.write_bytes(other.read_bytes())
