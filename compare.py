@@ -116,14 +116,16 @@ def main(cfg: Config) -> int:
     for metric, *values, spread in compare(p, other, labels):
         difference = f"{number(metric, values[0] - values[1], '+')} ± {number(metric, spread)}"
         lines.append([METRICS[metric], *(number(metric, value) for value in values), difference])
-    names = [f"`{full_name(result['row'], result['changes'])}`, seed {result['seed']}" for result in (a, b)]
+    names = [f"`{full_name(r['row'], r['changes'])}`, {r['protocol']}, seed {r['seed']}" for r in (a, b)]
     print(markdown_table(["", *names, "difference"], lines))
     right, other_right = (probabilities.argmax(1) == labels for probabilities in (p, other))
     alone, other_alone = int((right & ~other_right).sum()), int((other_right & ~right).sum())
     chance = binomtest(alone, alone + other_alone).pvalue if alone + other_alone else 1.0
     print(
         f"\n{alone:,} of {len(labels):,} test images are right by the first run alone, {other_alone:,} by the second "
-        f"alone: p = {chance:.2g} (McNemar's exact test)."
+        f"alone: p = {chance:.2g} (McNemar's exact test).\n\n"
+        "± is 1.96 standard deviations over resampled test images, of these two models; report.py compares seeds.\n"
+        "Scaled: each run by the temperature fitted on all images. Size of logits / temperature: the calibrated size."
     )
     return 0
 

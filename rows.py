@@ -314,8 +314,8 @@ def sort_into_rows(runs: Sequence[FinishedRun]) -> tuple[list[Row], list[Row]]:
             like.append(Row(line["row"], changes, "", ""))
         for row in sorted(like, key=lambda row: (row.changes != changes, row.label)):
             added = {name: value for name, value in row.changes.items() if name not in line["changes"]}
-            row.changes, row.technique = row.changes | line["changes"], f"{line['technique']} {flags(added)}".strip()
-            row.table, row.published = line["table"], numbers
+            row.technique, row.table = f"{line['technique']} {flags(added)}".strip(), line["table"]
+            row.changes, row.published = row.changes | line["changes"], numbers  # 4 as published, where a run says 4.0
             table.append(row)
     others = [row for row in lines.values() if row.table == OTHER]
     return table, sorted(others, key=lambda row: (row.row, row.label))
