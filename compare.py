@@ -1,8 +1,8 @@
-"""Whether two runs differ by more than their test images would make them.
+"""Tell whether two runs differ by more than the choice of test images explains.
 
-Both predicted the same images at their last epoch, so these are drawn anew, 1,000 times and for both at once (paired
-bootstrap): ± is 1.96 standard deviations of the difference, the first run minus the second. It is about these two
-models; how far another seed would move either, report.py tells.
+The images that both runs predicted at their last epoch are resampled 1,000 times, for both at once (paired bootstrap):
+± is 1.96 standard deviations of the difference, the first run minus the second. It is about these two models; report.py
+tells how far another seed would move either.
 """
 
 import sys
@@ -35,9 +35,9 @@ METRICS = {
 @dataclass(kw_only=True)
 class Config:
     runs: tyro.conf.Positional[tuple[Path, Path]]
-    """folders of two finished runs, as results/brief/kd_cutmix/seed0"""
+    """folders of two finished runs, such as results/brief/kd_cutmix/seed0"""
     data_dir: Path = Path("data")
-    """where the images are, for a run that has no predictions but weights"""
+    """where the images are, for a run that has weights but no predictions"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU if there is one"""
 

@@ -1,9 +1,8 @@
 """Turn results/ into tables, figures and answers.
 
 Every finished run of a protocol goes into results/<protocol>/table.md and table.csv, results/<protocol>/figures/ and
-the terminal; the table that has the most rows, of these the longest trained, goes into README.md, between its two
-markers. What should be known of a protocol's runs can be said in results/<protocol>/note.md, which table.md then begins
-with.
+the terminal; the table with the most rows (among equals, the longest trained) goes into README.md, between its two
+markers. If there is a results/<protocol>/note.md on a protocol's runs, table.md begins with it.
 """
 
 import json
@@ -48,16 +47,16 @@ class Config:
     protocol: str | None = None
     """report this protocol only; without it, all that have results"""
     results_dir: Path = Path("results")
-    """where the run folders are, and tables and figures go"""
+    """where the run folders are, and where tables and figures go"""
     recompute: bool = False
-    """first compute the metrics of every run anew, from its probabilities.npz, into its result.json"""
+    """first recompute the metrics in every run's result.json from its probabilities.npz"""
     check: bool = False
-    """write nothing, but exit with 1 and name the rows whose table, figure or README.md is older than their results"""
+    """write nothing; name the rows whose table, figure or README.md is older than their results, and exit with 1"""
     readme: Path | None = None
-    """file whose table is refreshed; without it README.md, for the repository's own results only"""
+    """file whose table is refreshed; by default README.md, and only for the repository's own results"""
     wandb: str | None = None
-    """entity/project in Weights & Biases: build a report there, of its runs, with the table of --protocol or, without
-    it, that of README.md"""
+    """entity/project in Weights & Biases: build a report of its runs there, with the table of --protocol or else of
+    README.md"""
 
 
 # 1. Tables -----------------------------------------------------------------------------------------------
@@ -140,16 +139,16 @@ so at one rate for all, rows differ in their steps too.
 """
 BRACKETS = """\
 In brackets: ours minus the published number, in bold where that is more than two standard deviations or, with one seed,
-more than 0.5 points of accuracy or 0.015 of ECE or OE. Even of the same epochs, chance alone makes 35 % of cells bold
-with two seeds, 23 % with three, 9 % with ten, for the published number is a single run too; *last* and shorter
+more than 0.5 points of accuracy or 0.015 of ECE or OE. Even for the same epochs, chance alone makes 35 % of cells bold
+with two seeds, 23 % with three and 9 % with ten, because the published number is a single run too; *last* and shorter
 protocols differ by more than chance.
 """
 LEGEND = """\
 Mean ± standard deviation over the seeds. ECE and OE have 100 bins. *best* is the epoch with the best test accuracy, as
-published; *last* is the last one; *selected*, for runs with `--val-size`, is the best on held-out training images; an
-ensemble's are of its members' epochs of that name. *By chance* is what a perfectly calibrated model would have on as
-many images with the confidences of *best*, ± its standard deviation between test sets. Minutes: training and evaluation
-of one run, the mean over the seeds, each on what it had of its machine.
+published; *last* is the last epoch; *selected*, for runs with `--val-size`, is the best on held-out training images; an
+ensemble averages its members at the epoch of that name. *By chance* is what a perfectly calibrated model with the
+confidences of *best* would have on as many images, ± its standard deviation between test sets. Minutes: training and
+evaluation of one run, averaged over the seeds, each on the share of its machine that it had.
 """
 
 

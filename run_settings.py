@@ -53,49 +53,49 @@ class Config:
     """Settings that a row hands on to the rows it builds upon."""
 
     protocol: Literal["paper", "short", "quick", "brief", "cpu", "smoke"] = "paper"
-    """how long to train: paper is 500 epochs, short 240, quick 30, brief 8, in bf16, for CPUs with AVX512-BF16; cpu is
-    5 on a tenth of the images, smoke 4 on the bundled digits"""
+    """how long to train, in epochs: paper 500, short 240, quick 30; brief 8 in bf16, for CPUs with AVX512-BF16; cpu 5
+    on a tenth of the images; smoke 4 on the bundled digits"""
     epochs: Count | None = None
-    """epochs, if not the protocol's; its milestones then keep their place in proportion"""
+    """number of epochs, if not the protocol's; its milestones then move in proportion"""
     milestones: tuple[Count, ...] | None = None
-    """epochs after which the learning rate is divided by 10, if not the protocol's; without a number it never is"""
+    """epochs after which the learning rate is divided by 10, if not the protocol's; without a number, never"""
     seed: Seed = 0
     """decides the initial weights, the order of the images and every augmentation"""
     dataset: Literal["cifar100", "digits", "folder"] | None = None
     """images to train on, if not the protocol's; folder is {train,test}/<class>/<image> in --data-dir"""
     data_dir: Path = Path("data")
-    """where the images are; CIFAR-100 is downloaded there if it is not"""
+    """where the images are; CIFAR-100 is downloaded there if missing"""
     image_size: Pixels = 32
     """side to which the images of --dataset folder are resized"""
     train_size: Count | None = None
-    """number of training images, if not the protocol's: drawn at random, evenly over the classes; the same images for
-    every seed, except with --val-size, where each seed holds out others"""
+    """number of training images, if not the protocol's: drawn at random, evenly over the classes; the same for every
+    seed, except with --val-size, where each seed holds out different images"""
     val_size: Count | None = None
-    """hold out so many training images: the epoch `selected` and its temperature are chosen on them"""
+    """number of training images to hold out; the epoch `selected` and its temperature are chosen on them"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU if there is one"""
     results_dir: Path = Path("results")
     """where run folders go: <protocol>/<row>/seed<k>, or seed<k>-<hash> for settings that are not the row's own"""
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """Weights & Biases: auto obeys WANDB_MODE, else is online where a key is configured and offline elsewhere"""
+    """Weights & Biases: auto obeys WANDB_MODE; without it, online if a key is configured, else offline"""
     precision: Precision | None = None
-    """of the models' arithmetic while they train: brief's is bf16, any other's auto, which is bf16 on a GPU that has it
-    and fp32 elsewhere; losses and evaluation are fp32 always, with TF32 convolutions on a GPU"""
+    """precision of the models in training: bf16 for brief, else auto, which is bf16 on a GPU that has it and fp32
+    elsewhere; losses and evaluation are always fp32, with TF32 convolutions on a GPU"""
     deterministic: bool = False
-    """have a GPU give the same bits every time, as a CPU does; slower"""
+    """make a GPU give the same bits every time, as a CPU does; slower"""
     teacher_from: Literal["results", "train"] = "results"
-    """where a teacher or member comes from that is not trained yet: results is the half-precision weights published
-    under results/, if there are any, train is its recipe"""
+    """how to get a teacher or member that is not trained yet: results takes the half-precision weights published under
+    results/, if there are any; train runs its recipe"""
     share_teachers: bool = False
-    """keep what teachers say of every view in results/teacher_outputs/, for all students of the same seed and batch
-    size: same bits (on a GPU with --deterministic) in less time, for 20 MB an epoch and teacher on CIFAR-100. Not for
-    students of augmentations of their own, nor for one run on several GPUs: those ask anew"""
+    """cache the teachers' logits of every view in results/teacher_outputs/ for all students of one seed and batch size:
+    same bits (on a GPU with --deterministic) in less time, for 20 MB per epoch and teacher on CIFAR-100. Not used by
+    students with augmentations of their own, nor by one run on several GPUs"""
     wandb_project: str | None = None
-    """project there, if not WANDB_PROJECT or calibrated-distillation"""
+    """Weights & Biases project, if not WANDB_PROJECT or calibrated-distillation"""
     wandb_charts: Count = 10
-    """calibration curves are logged at so many epochs, evenly, and at the last"""
+    """number of epochs, evenly spaced up to the last, at which calibration curves are logged"""
     wandb_thumbnails: bool = False
-    """log the 64 test images that are most confidently mistaken, as pictures"""
+    """log pictures of the 64 test images that are most confidently misclassified"""
     overwrite: bool = False
     """start this row over, even if it is finished"""
 
@@ -107,13 +107,13 @@ class TrainConfig(Config):
     lr: Positive = 0.05
     """learning rate at the start"""
     batch_size: BatchSize = 128
-    """images a step"""
+    """images per step"""
     momentum: NonNegative = 0.9
     """momentum, without Nesterov's"""
     weight_decay: NonNegative = 5e-4
     """L2 penalty"""
     compile: Compile = "auto"
-    """mode of torch.compile; auto compiles where the run is long enough to win the minutes back"""
+    """mode of torch.compile; auto compiles if the run is long enough to win the minutes back"""
 
 
 def resolve(cfg: Config) -> Config:

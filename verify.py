@@ -1,8 +1,8 @@
-"""Whether the numbers in results/ are what the weights beside them say.
+"""Check the numbers in results/ against the weights beside them.
 
-Each finished run predicts the test images anew with the weights of its last epoch, those in half precision where no
-others were published; an ensemble is the mean of what its members predict. The numbers of result.json and those found
-are printed side by side, and which of them differ by more than rounding. Nothing is written, nothing is trained.
+Each finished run predicts the test images again with the weights of its last epoch, in half precision where no others
+were published; an ensemble is the mean of its members' predictions. The numbers in result.json and those found now are
+printed side by side, with `differs` where they differ by more than rounding. Nothing is written, nothing is trained.
 """
 
 import functools
@@ -29,13 +29,13 @@ TITLES = {"accuracy": "accuracy, %", "ece": "ECE", "oe": "OE", "nll": "NLL"}
 @dataclass(kw_only=True, frozen=True)
 class Config:
     protocol: str | None = None
-    """verify the runs of this protocol only; without it, all"""
+    """verify only the runs of this protocol; without it, all"""
     rows: tuple[str, ...] = ()
-    """verify these rows only; without any, all"""
+    """verify only these rows; without any, all"""
     results_dir: Path = Path("results")
     """where the run folders are"""
     data_dir: Path = Path("data")
-    """where the images are; CIFAR-100 is downloaded there if it is not"""
+    """where the images are; CIFAR-100 is downloaded there if missing"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU if there is one"""
 
