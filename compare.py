@@ -1,8 +1,8 @@
 """Tell whether two runs differ by more than the choice of test images explains.
 
 The images that both runs predicted at their last epoch are resampled 1,000 times, for both at once (paired bootstrap):
-± is 1.96 standard deviations of the difference, the first run minus the second. It is about these two models; report.py
-tells how far another seed would move either.
+± is 1.96 standard deviations of a run's value or of the difference, the first run minus the second. It is about these
+two models; report.py tells how far another seed would move either.
 """
 
 import sys
@@ -15,14 +15,16 @@ import tyro
 from torch import Tensor
 
 import verify
-from calibration import fit_temperature, scale_temperature
+from calibration import calibration_metrics, fit_temperature, scale_temperature
 from command_line import orderly_end, parse
+from consistency import errors_by_chance
 from rows import markdown_table, number, read_run
 from run_files import HALF, UserError, full_name, load_probabilities
 
 RESAMPLES = 1000
 METRICS = {
     "accuracy": "accuracy, %",
+    "overconfidence": "confidence - accuracy",
     "nll": "NLL",
     "nll_scaled": "NLL, scaled",
     "ece_15": "ECE, 15 bins",
@@ -79,7 +81,8 @@ def statistics(p: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
     target = logits.gather(1, labels[:, None]).squeeze(1)
     mean = (q * logits).sum(1)
     variance = (q * logits.square()).sum(1) - mean.square()
-    found = {"accuracy": weights @ right, "logits": (weights @ logits.var(1, correction=0)).sqrt()}
+    found = {"accuracy": weights @ right, "overconfidence": weights @ (p.max(1).values - right)}
+    found |= {"logits": (weights @ logits.var(1, correction=0)).sqrt()}
     found["temperature"] = 1 / (1 / temperature - (weights @ (mean - target)) / (weights @ variance))
     for name, probabilities in {"": p, "_scaled": q}.items():
         confidence = probabilities.max(1).values
@@ -90,8 +93,8 @@ def statistics(p: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def compare(p: Tensor, other: Tensor, labels: Tensor) -> list[tuple[str, float, float, float]]:
-    """Of each metric its name, its value for either run, and 1.96 standard deviations of their difference.
+def compare(p: Tensor, other: Tensor, labels: Tensor) -> list[tuple[str, tuple[float, ...], tuple[float, ...]]]:
+    """Of each metric its name, its value for either run and their difference, and 1.96 standard deviations of each.
 
     Args:
         p, other: softmax outputs for the same images, float (n, classes).
@@ -101,8 +104,15 @@ def compare(p: Tensor, other: Tensor, labels: Tensor) -> list[tuple[str, float, 
     draws = (torch.randint(n, (n,), generator=generator) for _ in range(RESAMPLES))
     counts = torch.stack([torch.ones(n), *(torch.bincount(draw, minlength=n) for draw in draws)])  # first as they are
     ours, theirs = (statistics(probabilities, labels, counts.double() / n) for probabilities in (p, other))
-    spread = {metric: 1.96 * (ours[metric] - theirs[metric])[1:].std().item() for metric in METRICS}
-    return [(metric, ours[metric][0].item(), theirs[metric][0].item(), spread[metric]) for metric in METRICS]
+    found = {m: torch.stack([ours[m], theirs[m], ours[m] - theirs[m]]) for m in METRICS}
+    return [(m, tuple(v[:, 0].tolist()), tuple((1.96 * v[:, 1:].std(1)).tolist())) for m, v in found.items()]
+
+
+def by_chance(p: Tensor, labels: Tensor) -> str:
+    """The ECE in 15 bins, ± its standard deviation, that a calibrated model with the confidences of `p` would have."""
+    bins = calibration_metrics(p, labels, n_bins=15)
+    mean, deviation = errors_by_chance(bins.bin_count, bins.bin_confidence)[0]
+    return f"{number('ece', mean)} ± {number('ece', deviation)}"
 
 
 def main(cfg: Config) -> int:
@@ -113,9 +123,9 @@ def main(cfg: Config) -> int:
     if any(a[name] != b[name] for name in ("dataset", "classes")) or not torch.equal(labels, other_labels):
         raise UserError("the two runs were not tested on the same images")
     lines = []
-    for metric, *values, spread in compare(p, other, labels):
-        difference = f"{number(metric, values[0] - values[1], '+')} ± {number(metric, spread)}"
-        lines.append([METRICS[metric], *(number(metric, value) for value in values), difference])
+    for metric, values, spreads in compare(p, other, labels):
+        cells = zip(values, spreads, ("", "", "+"), strict=True)
+        lines.append([METRICS[metric], *(f"{number(metric, v, sign)} ± {number(metric, s)}" for v, s, sign in cells)])
     names = [f"`{full_name(r['row'], r['changes'])}`, {r['protocol']}, seed {r['seed']}" for r in (a, b)]
     print(markdown_table(["", *names, "difference"], lines))
     right, other_right = (probabilities.argmax(1) == labels for probabilities in (p, other))
@@ -124,7 +134,9 @@ def main(cfg: Config) -> int:
     print(
         f"\n{alone:,} of {len(labels):,} test images are right by the first run alone, {other_alone:,} by the second "
         f"alone: p = {chance:.2g} (McNemar's exact test).\n\n"
-        "± is 1.96 standard deviations over resampled test images, of these two models; report.py compares seeds.\n"
+        "± is 1.96 standard deviations over resampled test images, for these two models; report.py compares seeds.\n"
+        f"By chance, calibrated models with these confidences have an ECE in 15 bins of {by_chance(p, labels)} and "
+        f"{by_chance(other, labels)} (one standard deviation).\n"
         "Scaled: each run by the temperature fitted on all images. Size of logits / temperature: the calibrated size."
     )
     return 0

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import statistics
 
 import numpy as np
 import pytest
@@ -61,12 +62,24 @@ def test_the_spread_of_accuracy_is_that_of_paired_images():
     (p, labels), (other, _) = outputs(0), outputs(0.3)
     right, other_right = (q.argmax(1) == labels for q in (p, other))
     difference = (right.double() - other_right.double()).numpy()
-    found = {metric: values for metric, *values in compare.compare(p, other, labels)}
-    assert found["accuracy"][0] - found["accuracy"][1] == pytest.approx(difference.mean())
+    found = {metric: both for metric, *both in compare.compare(p, other, labels)}
+    values, spreads = found["accuracy"]
+    assert values[0] - values[1] == pytest.approx(values[2]) == pytest.approx(difference.mean())
     paired = 1.96 * difference.std() / math.sqrt(len(labels))
     alone = 1.96 * math.hypot(*(float(r.double().std()) for r in (right, other_right))) / math.sqrt(len(labels))
-    assert found["accuracy"][2] == pytest.approx(paired, rel=0.1) and paired < 0.8 * alone
-    assert all(spread == 0 and a == b for _, a, b, spread in compare.compare(p, p, labels))
+    assert spreads[2] == pytest.approx(paired, rel=0.1) and paired < 0.8 * alone
+    for q, spread in zip((p, other), found["overconfidence"][1], strict=False):
+        gap = q.max(1).values - (q.argmax(1) == labels).double()
+        assert spread == pytest.approx(1.96 * gap.std().item() / math.sqrt(len(labels)), rel=0.1)
+    assert all(spread[2] == 0 and a == b for _, (a, b, _), spread in compare.compare(p, p, labels))
+
+
+def test_chance_is_what_labels_drawn_from_the_predictions_make():
+    p, labels = outputs(0.3)
+    generator = torch.Generator().manual_seed(4)
+    eces = [calibration_scores(p, torch.multinomial(p, 1, generator=generator)[:, 0])["ece_15"] for _ in range(200)]
+    mean, deviation = (float(word) for word in compare.by_chance(p, labels).split(" ± "))
+    assert (mean, deviation) == pytest.approx((statistics.mean(eces), statistics.stdev(eces)), rel=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +106,7 @@ def test_runs_are_compared_at_their_last_epoch_from_predictions_or_weights(runs,
     said = [json.loads((run / "result.json").read_text())["last"] for run in runs]
     for title, metric, scale in (("accuracy, %", "accuracy", 100), ("NLL", "nll", 1)):
         [line] = [line for line in text.splitlines() if line.startswith(f"| {title} |")]
-        cells = [cell.strip() for cell in line.split("|")[2:4]]
+        cells = [cell.split()[0] for cell in line.split("|")[2:4]]
         assert [float(cell) for cell in cells] == pytest.approx([scale * last[metric] for last in said], abs=0.006)
     arrays = [np.load(run / "probabilities.npz") for run in runs]
     right = [array["last"].argmax(1) == array["labels"] for array in arrays]
