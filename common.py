@@ -778,10 +778,10 @@ class Run:
             epochs=cfg.epochs,
             charts=cfg.wandb_charts,
             sources=self.sources,
-            group=self.row,
+            group=f"{self.row}-{cfg.protocol} {flags(self.changes)}"[:128].strip(),  # what differs in its seed alone
             job_type="ensemble" if not self.model_name else "kd" if self.sources else kind,
             name=f"{self.row}-{cfg.protocol}-s{cfg.seed} {flags(self.changes)}"[:128].strip(),  # W&B takes no more
-            tags=[cfg.protocol, cfg.dataset],
+            tags=[cfg.protocol, cfg.dataset, *filter(None, os.environ.get("WANDB_TAGS", "").split(","))],
             config={**settings(cfg), **facts},
         )
 

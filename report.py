@@ -444,8 +444,10 @@ def main(cfg: Config) -> int:
             f"no results of protocol {cfg.protocol} in {cfg.results_dir} (found: {', '.join(found) or 'none'}): "
             "give one of these, or run a row with it first"
         )
-    if cfg.check and cfg.recompute:
-        raise UserError("--check writes nothing and --recompute does: give one of them")
+    if cfg.check and (cfg.recompute or cfg.wandb):
+        raise UserError(
+            f"--check writes nothing and {'--recompute' if cfg.recompute else '--wandb'} does: give one of them"
+        )
     problems, outdated = [], []
     chosen = [cfg.protocol] if cfg.protocol else found
     if cfg.recompute:
@@ -471,7 +473,7 @@ def main(cfg: Config) -> int:
         outdated += refresh_readme(readme, readme_block(shown, rows), cfg.check)
         problems += [problem for problem in reports[shown].problems if problem not in problems] if shown else []
 
-    if cfg.wandb and not cfg.check:
+    if cfg.wandb:
         from wandb_report import publish
 
         published = (cfg.protocol, reports[cfg.protocol].table) if cfg.protocol else (shown, rows)

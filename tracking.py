@@ -38,7 +38,7 @@ PROJECT = "calibrated-distillation"
 TEST_METRICS = ("accuracy", "ece", "oe", "nll", "brier")
 ARTIFACT = re.compile(r"[^/\\]+/[^/\\]+/[^/\\:]+:[^/\\:]+")  # entity/project/name:alias
 THUMBNAILS = 64
-PATIENCE = {"init_timeout": 30, "finish_timeout": 60}  # seconds; what is not uploaded by then, `wandb sync` sends later
+PATIENCE = {"init_timeout": 30, "finish_timeout": 60}  # seconds; then a warning says how to send what is not uploaded
 SWEEP = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")  # what an agent tells the run that it starts
 
 
@@ -81,14 +81,15 @@ class Tracker:
         charts: int = 10, sources: Sequence[str] = (), **about: Any,
     ):  # fmt: skip
         if mode == "auto":
-            mode = os.environ.get("WANDB_MODE", "auto")
+            mode = (os.environ.get("WANDB_MODE") or "auto").lower()
         self.folder, self.epochs, self.charts, self.sweep = folder, epochs, charts, sweep
         self.wandb_run = None
         self.logged = 0  # epochs that W&B has
+        self._advice = ""  # what to do if it is broken off
         self._thread: ThreadPoolExecutor | None = None
         if mode != "disabled" and os.environ.get("RANK", "0") == "0":
             self._thread = ThreadPoolExecutor(1, "wandb")
-            project = project or os.environ.get("WANDB_PROJECT", PROJECT)
+            project = project or os.environ.get("WANDB_PROJECT") or PROJECT
             agent = {name: os.environ.get(name) for name in SWEEP} if sweep else {}
             self._later(self._start, mode, {"project": project, **about}, list(sources), agent, needs_run=False)
 
@@ -166,7 +167,7 @@ class Tracker:
             try:
                 job(*args)
             except Exception as error:
-                _warn(f"not tracked any more: {first_line(error)}")
+                _warn(f"not tracked any more: {first_line(error)}{self._advice}")
                 run, self.wandb_run = self.wandb_run, None
                 with suppress(Exception):
                     run and run.finish(1)
@@ -194,8 +195,13 @@ class Tracker:
 
         wandb.setup(wandb.Settings(silent=True))
         if mode in ("auto", "online"):  # asked for here, since `wandb.init` would prompt for a key
-            if not (key := wandb.login(prompt=False, verify=False)) and mode == "online":
-                _warn("no key is configured (wandb login): recorded offline, for wandb sync")
+            key, lacking = False, "no key is configured (wandb login)" if mode == "online" else ""
+            try:
+                key = wandb.login(prompt=False, verify=False)
+            except wandb.Error as error:  # what is configured cannot be a key
+                lacking = first_line(error)
+            if not key and lacking:
+                _warn(f"{lacking}: recorded offline, for wandb sync")
             mode = "online" if key else "offline"
         run_id = agent.get("WANDB_RUN_ID") or self._run_id()
         quiet: dict[str, Any] = {"silent": True, "console": "off", "finish_timeout_raises": True, **PATIENCE}
@@ -214,6 +220,9 @@ class Tracker:
             _warn(f"{first_line(error)}: recorded offline, for wandb sync")
             wandb.teardown()  # else the id is taken
             self.wandb_run = init("offline")
+        if self.wandb_run.url:  # online
+            print(f"Weights & Biases: {self.wandb_run.url}")
+            self._advice = f"; wandb sync --include-online {Path(self.wandb_run.dir).parent} sends it anew"
         self.logged = max(recorded, self.wandb_run.starting_step - 1)
         self.wandb_run.define_metric("epoch", hidden=True)
         self.wandb_run.define_metric("*", step_metric="epoch", step_sync=False)
@@ -229,9 +238,9 @@ class Tracker:
 
     def _run_id(self) -> str:
         file = self.folder / "wandb" / "id"
-        if not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(secrets.token_hex(4))
+        if not file.is_file() or not file.read_text().strip():  # of a disk that was full
+            with atomic_write(file) as new:
+                new.write(secrets.token_hex(4).encode())
         return file.read_text().strip()
 
     def _log(self, history: list[dict[str, float]], speed: float | None, metrics: CalibrationMetrics | None) -> None:
@@ -269,6 +278,8 @@ class Tracker:
         for name in CHOICES:
             if numbers := dict(result.get(name, {})):
                 numbers |= {f"scaled_{k}": v for k, v in numbers.get("scaled", {}).items()}
+                if fitted := numbers.pop("temperatures", None):  # older runs have none
+                    numbers["temperature"] = float(np.mean(fitted))  # W&B draws no lists
                 summary = {f"{name}/{k}": v for k, v in numbers.items() if k != "scaled"}
                 self.wandb_run.summary.update(summary)
         self.wandb_run.log_artifact(self._artifact(self.folder, result))
@@ -328,7 +339,10 @@ def log_in(what: str) -> None:
 
     with _hidden(SWEEP):
         wandb.setup(wandb.Settings(silent=True))  # else it asks the server whose key it is, only to print that
-        known = wandb.login(prompt=False, verify=False)
+        try:
+            known = wandb.login(prompt=False, verify=False)
+        except wandb.Error as error:  # what is configured cannot be a key
+            raise UserError(f"{what} needs Weights & Biases: {first_line(error)}") from None
     if not known:
         mode = os.environ.get("WANDB_MODE")
         advice = f"WANDB_MODE={mode} keeps it away" if mode else "log in first, with wandb login"
@@ -347,7 +361,7 @@ def offline_epochs(folder: Path, run_id: str) -> int:
     for file in folder.glob(f"wandb/offline-run-*-{run_id}/*.wandb"):
         command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", str(file)]
         reader = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        if reader.returncode or "incomplete" in reader.stderr:
+        if reader.returncode or "incomplete" in reader.stderr or not reader.stdout:
             file.rename(file.with_suffix(".torn"))
             continue
         records = [json.loads(line) for line in reader.stdout.splitlines() if '"history"' in line]

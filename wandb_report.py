@@ -1,7 +1,7 @@
 """A report in Weights & Biases: the table, and its runs' calibration curves, accuracy against ECE, and sweeps."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import report
 from run_files import UserError, first_line
@@ -12,13 +12,14 @@ if TYPE_CHECKING:
 
 TITLE = "Improved Distillation with Ensemble of Calibrated Models"
 GROUPS = {"Teachers": "teacher", "Students": "student", "Distillation": "kd", "Ensembles": "ensemble"}  # name: job type
-SWEPT = ("temperature", "kd_weight", "ce_weight", "alpha", "lr", "batch_size")
+SWEPT = ("row", "temperature", "kd_weight", "ce_weight", "alpha", "lr", "batch_size")
 
 
-def build(entity: str, project: str, table: str) -> "Report":
+def build(entity: str, project: str, protocol: str | None, table: str) -> "Report":
     """The report, which is not sent anywhere.
 
     Args:
+        protocol: the table's, whose runs are shown; None shows all.
         table: Markdown.
 
     Raises:
@@ -30,14 +31,13 @@ def build(entity: str, project: str, table: str) -> "Report":
         raise UserError("--wandb needs wandb-workspaces: uv sync --extra wandb-report installs it") from None
     from wandb_workspaces.expr import And, Config, Metric
 
-    def runs(**names: str) -> list[wr.Runset]:
-        """A run set for each kind of row: finished runs as published, in groups of one row."""
-        filters = {kind: And(Metric("JobType") == kind, Metric("State") == "finished") for kind in names.values()}
-        return [wr.Runset(name=name, filters=filters[kind], groupby=["group"]) for name, kind in names.items()]
+    def runs(*wanted: Any, **how: Any) -> list[wr.Runset]:
+        """A run set for each kind of row."""
+        wanted += (Config("protocol") == protocol,) if protocol else ()
+        filters = {name: And(Metric("JobType") == kind, *wanted) for name, kind in GROUPS.items()}
+        return [wr.Runset(name=name, filters=filters[name], **how) for name in GROUPS]
 
-    def each(**names: str) -> list[wr.Runset]:
-        return [wr.Runset(name=name, filters=And(Metric("JobType") == kind)) for name, kind in names.items()]
-
+    rows = runs(Metric("State") == "finished", groupby=["group"])  # runs that differ in their seeds alone are one
     curves = wr.CustomChart(
         query={"summaryTable": {"tableKey": "calibration/curve_table"}},
         chart_name="wandb/line/v0",
@@ -71,11 +71,11 @@ def build(entity: str, project: str, table: str) -> "Report":
         wr.MarkdownBlock(table),
         wr.H1("Calibration"),
         wr.P("Below the diagonal a model is more confident than it is right. One run set for each kind of row."),
-        wr.PanelGrid(runsets=each(**GROUPS), panels=[curves, beside]),
+        wr.PanelGrid(runsets=runs(), panels=[curves, beside]),
         wr.H1("Accuracy against ECE"),
-        wr.PanelGrid(runsets=runs(**GROUPS), panels=[points]),
+        wr.PanelGrid(runsets=rows, panels=[points]),
         wr.H1("Training"),
-        wr.PanelGrid(runsets=runs(**GROUPS), panels=epochs),
+        wr.PanelGrid(runsets=rows, panels=epochs),
         wr.H1("Sweeps"),
         wr.P("Settings are judged on held-out training images; the test set chooses none."),
         wr.PanelGrid(runsets=[held_out], panels=sweeps),
@@ -96,7 +96,7 @@ def publish(target: str, protocol: str | None, rows: Sequence[report.Row]) -> st
     entity, _, project = target.partition("/")
     if not entity or not project or "/" in project:
         raise UserError(f"--wandb takes entity/project, not {target}")
-    draft = build(entity, project, report.readme_block(protocol, rows))
+    draft = build(entity, project, protocol, report.readme_block(protocol, rows))
     log_in(f"--wandb {target}")
     try:
         return draft.save().url

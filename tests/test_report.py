@@ -373,8 +373,9 @@ def test_nothing_to_report_says_what_to_run_first(tmp_path, results, monkeypatch
         run(tmp_path / "nowhere", check=True)
     with pytest.raises(UserError, match=r"protocol quick.*found: short"):
         run(results, protocol="quick")
-    with pytest.raises(UserError, match="--recompute"):
-        run(results, check=True, recompute=True)
+    for flag, value in {"recompute": True, "wandb": "me/project"}.items():
+        with pytest.raises(UserError, match=f"--check writes nothing and --{flag} does"):
+            run(results, check=True, **{flag: value})
     monkeypatch.setattr("sys.argv", ["report.py", "--results-dir", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit) as stop:
         report.cli()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from conftest import ROWS
 
 import common
-from run_files import UserError
+from run_files import UserError, flags
 
 
 def config(row: str, **settings):
@@ -134,6 +135,19 @@ def test_a_variant_has_its_own_published_numbers():
     assert common.published("my_row", {}) is None
 
 
+@pytest.mark.parametrize(
+    ("row", "settings"),
+    [
+        ("kd_cutmix", dict(teacher="my results/smoke/wrn/seed0", lr=1e-5, epochs=10, milestones=(3, 5))),
+        ("kd_ensemble_avg_loss", dict(teachers=("a", "it's"), temperature=4.0, milestones=())),
+    ],
+)
+def test_a_variants_flags_are_those_that_make_it(row, settings):
+    changes = common.Run(row, config(row, **settings)).changes
+    again = common.parse(common.config_type(common.load_recipe(row)), args=shlex.split(flags(changes)))
+    assert common.Run(row, again).changes == changes
+
+
 WRONG = [
     ("kd_cutmix", "--epochs 0", "--epochs must be 1 or more, not 0"),
     ("kd_cutmix", "--epochs -1", "--epochs must be 1 or more, not -1"),
@@ -143,6 +157,7 @@ WRONG = [
     ("kd_cutmix", "--seed -1", "--seed must be 0 or more, not -1"),
     ("kd_cutmix", "--seed x", "--seed"),
     ("kd_cutmix", "--lr 0", "--lr must be greater than 0 and below 1e6, not 0.0"),
+    ("kd_cutmix", "--wandb-project me/mine", "--wandb-project must be a name without any of"),
     ("kd_cutmix", "--lr nan", "--lr must be greater than 0 and below 1e6, not nan"),
     ("kd_cutmix", "--lr inf", "--lr must be greater than 0 and below 1e6, not inf"),
     ("kd_cutmix", "--lr", "--lr"),

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -78,16 +79,18 @@ def predictions(n: int = 40, classes: int = 4) -> tuple[torch.Tensor, torch.Tens
     return (3 * torch.randn(n, classes)).softmax(1), torch.randint(classes, (n,))
 
 
-def test_an_offline_run_holds_everything(tmp_path):
+def test_an_offline_run_holds_everything(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_TAGS", "mine,rebuttal")
     settings = dict(epochs=2, train_size=32, wandb_charts=1, wandb_thumbnails=True)
     result, path = run_row("kd_augmix", tmp_path, wandb_mode="offline", **settings)
     found = records(path)
 
     (run,) = of("run", found)
     teacher = Path(result["sources"][0])
-    assert (run["project"], run["run_group"], run["job_type"]) == ("calibrated-distillation", "kd_augmix", "kd")
+    assert (run["project"], run["job_type"]) == ("calibrated-distillation", "kd")
     name = "kd_augmix-smoke-s0 --epochs 2 --milestones 2 --train-size 32"
-    assert (run["display_name"], run["tags"]) == (name, ["smoke", "digits"])
+    assert (run["display_name"], run["tags"]) == (name, ["smoke", "digits", "mine", "rebuttal"])
+    assert run["run_group"] == name.replace("-s0", "")
     config = run["config"]["update"]
     assert config["temperature"] == 50 and config["teacher"] == "teacher_augmix"
     assert config.items() >= result["settings"].items()
@@ -139,6 +142,7 @@ def test_an_offline_run_holds_everything(tmp_path):
     for name in ("best", "last"):
         want = {k: v for k, v in result[name].items() if k not in ("scaled", "temperatures")}
         assert {k: summary[f"{name}/{k}"] for k in want} == pytest.approx(want)
+        assert summary[f"{name}/temperature"] == pytest.approx(np.mean(result[name]["temperatures"]))
         assert summary[f"{name}/scaled_ece"] == pytest.approx(result[name]["scaled"]["ece"])
 
     used, made = [a for a in of("artifact", found) if a["type"] == "model"]
@@ -188,8 +192,31 @@ def test_a_resumed_offline_run_is_one_run(tmp_path, monkeypatch):
         subprocess.run(command, env=environment, check=True, capture_output=True)
     (run,) = server.runs.values()
     assert [row["epoch"] for row in run["history"] if "epoch" in row] == [1, 2, 3] and run["done"] == 0
-    assert (run["groupName"], run["jobType"]) == ("student_baseline", "student")
+    group, _, variant = run["groupName"].partition(" ")
+    assert (group, run["jobType"]) == ("student_baseline-smoke", "student") and "--batch-size 32" in variant
     assert {"best/accuracy", "last/ece"} <= run["summary"].keys() and run["config"]["lr"] == 0.01
+
+
+@pytest.mark.parametrize("left", [0, 7])
+def test_a_run_killed_before_its_first_record_can_be_sent(tmp_path, left):
+    """W&B writes its file's head at once and the records seconds later; `wandb sync` refuses a run with such a file."""
+    tracker = Tracker(tmp_path, mode="offline", epochs=2)
+    tracker.log([line(1)])
+    tracker._close(1)
+    wandb.teardown()
+    (first,) = tmp_path.rglob("*.wandb")
+    first.write_bytes(first.read_bytes()[:left])
+    time.sleep(1)  # folders are named by the second
+    tracker = Tracker(tmp_path, mode="offline", epochs=2)
+    tracker.log([line(1), line(2)])
+    tracker._close(0)
+    wandb.teardown()
+    with serve() as server:
+        environment = {**os.environ, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "k" * 40}
+        command = [sys.executable, "-m", "wandb", "sync", "--yes", str(tmp_path / "wandb")]
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+    (run,) = server.runs.values()
+    assert [row["epoch"] for row in run["history"] if "epoch" in row] == [1, 2] and run["done"] == 0
 
 
 @pytest.fixture
@@ -218,6 +245,35 @@ def test_an_online_run_resumes_where_the_server_has_it(tmp_path, server):
     assert run["summary"]["best/epoch"] == 3 and run["summary"]["last/accuracy"] == 0.1
 
 
+def test_a_sweeps_run_is_the_agents_and_has_every_epoch(tmp_path, monkeypatch):
+    """A run that is trained on its way is not, though the agent's words are there for it too."""
+    agent = dict(WANDB_SWEEP_ID="swp", WANDB_RUN_ID="agents")
+    for name, value in {**agent, "WANDB_MODE": "offline", "WANDB_PROJECT": "mine"}.items():
+        monkeypatch.setenv(name, value)
+    for sweep in (False, True):
+        tracker = Tracker(tmp_path, epochs=2, sweep=sweep)
+        tracker.log([line(1), line(2)])
+        tracker._close(0)
+    assert os.environ.items() >= agent.items()  # the next run needs them still
+    found, own = records(tmp_path), (tmp_path / "wandb" / "id").read_text()
+    told = [(run["run_id"], run.get("sweep_id"), run["project"]) for run in of("run", found)]
+    assert sorted(told) == sorted([(own, None, "mine"), ("agents", "swp", "mine")])
+    assert [row["epoch"] for row in rows(found)] == [1, 2, 1, 2]
+
+
+def test_the_table_of_images_is_of_the_last_epoch_and_the_summary_of_all_that_are_reported(tmp_path):
+    p, labels = predictions()
+    np.savez(tmp_path / "probabilities.npz", best=p.flip(0), last=p, labels=labels)
+    choices = {name: {"epoch": 2, "accuracy": i / 10} for i, name in enumerate(("best", "last", "selected"))}
+    tracker = Tracker(tmp_path, mode="offline", epochs=2)
+    tracker.finish({"row": "r", "protocol": "p", "seed": 0, "changes": {}, "model": "m", **choices}, list("abcd"))
+    found = records(tmp_path)
+    _, images = table(tmp_path, of("history", found)[-1]["item"], "predictions")
+    assert [row[:2] for row in images] == [["abcd"[i], "abcd"[j]] for i, j in zip(labels, p.argmax(1), strict=True)]
+    summary = {k: v for update in of("summary", found) for k, v in update["update"].items()}
+    assert [summary[f"{name}/accuracy"] for name in choices] == [0, 0.1, 0.2]
+
+
 @pytest.mark.parametrize("trouble", ["down", "slow", "refuses"])
 def test_a_server_in_trouble_costs_a_warning(tmp_path, monkeypatch, capsys, trouble):
     """The run never waits, and its notes are kept for `wandb sync`."""
@@ -243,14 +299,23 @@ def test_a_server_that_goes_away_costs_no_training(tmp_path, monkeypatch, server
     tracker = Tracker(tmp_path, epochs=2)
     tracker.log([line(1)])
     tracker._thread.submit(int).result()
+    (run,) = server.runs.values()
+    while not run["history"]:
+        time.sleep(0.1)
     server.status = 503
     started = time.perf_counter()
     tracker.log([line(1), line(2)])
     assert time.perf_counter() - started < 0.5
     tracker._close(0)
     assert time.perf_counter() - started < 15
-    assert "warning: Weights & Biases: not tracked any more: " in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert f"Weights & Biases: {server.url}/me/calibrated-distillation/runs/" in said.out
+    assert "warning: Weights & Biases: not tracked any more: " in said.err
     assert [row["epoch"] for row in rows(records(tmp_path))] == [1, 2]  # on the disk, for wandb sync
+    server.status = 200
+    command = said.err.split("; wandb ")[1].removesuffix(" sends it anew\n").split()
+    subprocess.run([sys.executable, "-m", "wandb", *command], check=True, capture_output=True)
+    assert {row["epoch"] for row in run["history"]} == {1, 2} and run["done"] == 0
 
 
 def test_nowhere_to_write_costs_a_warning(tmp_path, monkeypatch, capsys):
@@ -262,6 +327,16 @@ def test_nowhere_to_write_costs_a_warning(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.count("warning: Weights & Biases: not tracked any more") == 1
 
 
+def test_an_id_that_a_full_disk_left_empty_is_made_anew(tmp_path):
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "id").write_text("")
+    tracker = Tracker(tmp_path, mode="offline", epochs=1)
+    tracker.log([line(1)])
+    tracker._close(0)
+    assert [row["epoch"] for row in rows(records(tmp_path))] == [1]
+    assert of("run", records(tmp_path))[0]["run_id"] == (tmp_path / "wandb" / "id").read_text()
+
+
 @pytest.mark.parametrize(
     ("key", "variable", "flag", "mode"),
     [
@@ -269,6 +344,7 @@ def test_nowhere_to_write_costs_a_warning(tmp_path, monkeypatch, capsys):
         (False, "online", "auto", "offline"), (True, "online", "offline", "offline"),
         (True, "offline", "online", "online"), (False, None, "online", "offline"), (True, "online", "auto", "online"),
         (True, "disabled", "auto", None), (False, "disabled", "offline", "offline"), (True, None, "disabled", None),
+        (True, "", "auto", "online"), (False, "Offline", "auto", "offline"), (True, "Disabled", "auto", None),
     ],
 )  # fmt: skip
 def test_which_mode_wins(tmp_path, monkeypatch, key, variable, flag, mode):
@@ -283,6 +359,21 @@ def test_which_mode_wins(tmp_path, monkeypatch, key, variable, flag, mode):
     if tracker._thread:
         tracker._thread.shutdown()
     assert modes == ([mode] if mode else [])
+
+
+@pytest.mark.parametrize("mode", ["auto", "online"])
+def test_what_cannot_be_a_key_costs_a_warning(tmp_path, monkeypatch, capsys, mode):
+    monkeypatch.setenv("WANDB_API_KEY", "abc")
+    monkeypatch.setenv("WANDB_PROJECT", "")
+    wandb.teardown()
+    tracker = Tracker(tmp_path, mode=mode, epochs=1)
+    tracker.log([line(1)])
+    tracker._close(0)
+    assert "WANDB_API_KEY invalid" in capsys.readouterr().err
+    found = records(tmp_path)
+    assert [row["epoch"] for row in rows(found)] == [1] and of("run", found)[0]["project"] == tracking.PROJECT
+    with pytest.raises(UserError, match="--wandb me/project needs Weights & Biases: WANDB_API_KEY invalid"):
+        tracking.log_in("--wandb me/project")
 
 
 def test_only_the_first_rank_talks(tmp_path, monkeypatch):
@@ -386,7 +477,13 @@ class FakeApi:
             raise wandb.errors.CommError("artifact not found")
 
         def entry(file: Path):
-            return SimpleNamespace(download=lambda root: os.makedirs(root, exist_ok=True) or shutil.copy(file, root))
+            def download(root: str) -> None:
+                with pytest.raises(TimeoutError):  # nobody else brings it at the same time
+                    filelock.FileLock(Path(root).with_name(f".{Path(root).name}.lock")).acquire(blocking=False)
+                os.makedirs(root, exist_ok=True)
+                shutil.copy(file, root)
+
+            return SimpleNamespace(download=download)
 
         entries = {"model.safetensors": entry(self.folder / "model.safetensors"), "evil.pkl": None}
         metadata = json.loads((self.folder / "result.json").read_text())

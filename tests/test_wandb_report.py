@@ -78,7 +78,7 @@ def test_the_report_that_is_sent(sent, tmp_path, capsys):
     assert shown[-2:] == ["summary:val/accuracy", "summary:val/ece"]
     for path in (ROOT / "sweeps").glob("*.yaml"):
         swept = yaml.safe_load(path.read_text())["parameters"]
-        for name in {name for name, values in swept.items() if "value" not in values} - {"row", "seed"}:
+        for name in {name for name, values in swept.items() if "value" not in values} - {"seed"}:
             assert f"c::{name}" in shown or f"config:{name}.value" in shown, name
 
     grids = [block["metadata"] for block in spec["blocks"] if block["type"] == "panel-grid"]
@@ -88,7 +88,20 @@ def test_the_report_that_is_sent(sent, tmp_path, capsys):
         for kind, filters in zip(("teacher", "student", "kd", "ensemble"), kinds, strict=True):
             assert '"jobType"' in filters and f'"{kind}"' in filters
     assert [runs["grouping"] for runs in grids[1]["runSets"]] == [[{"section": "run", "name": "group"}]] * 4
+    for grid in grids[1:3]:
+        assert all('"finished"' in json.dumps(runs["filters"]) for runs in grid["runSets"])
+    assert "val_size" in json.dumps(grids[3]["runSets"][0]["filters"])  # held-out images choose, never the test set
+    (importance,) = panels(spec, "Parameter Importance")
+    assert importance["targetKey"] == "val/accuracy"
     assert not any(runs.get("grouping") for runs in grids[0]["runSets"])  # curves of runs, not of groups
+
+
+def test_the_runs_are_of_the_tables_protocol():
+    for protocol in ("quick", None):
+        draft = wandb_report.build("me", "project", protocol, "")
+        grids = [block for block in draft.blocks if isinstance(block, wr.PanelGrid)][:3]
+        filters = [str(runs.filters) for grid in grids for runs in grid.runsets]
+        assert len(filters) == 12 and all(("quick" in text) == bool(protocol) for text in filters), filters
 
 
 def test_what_it_needs(sent, monkeypatch, tmp_path):
@@ -97,4 +110,4 @@ def test_what_it_needs(sent, monkeypatch, tmp_path):
             wandb_report.publish(target, None, report.sort_into_rows([])[0])
     monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
     with pytest.raises(UserError, match="--wandb needs wandb-workspaces"):
-        wandb_report.build("me", "project", "")
+        wandb_report.build("me", "project", None, "")
