@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 import compare
 import verify
 from calibration import calibration_scores, fit_temperature
-from run_files import UserError
+from run_files import HALF, UserError, save_log_probabilities
 
 
 def outputs(noise: float, n: int = 600, classes: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,9 +119,26 @@ def test_runs_are_compared_at_their_last_epoch_from_predictions_or_weights(runs,
     assert compared(runs, capsys) == text
 
 
+def test_predictions_of_another_epoch_are_not_taken_for_those_of_the_last(runs, capsys):
+    text = compared(runs, capsys)
+    for run in runs:
+        arrays, result = dict(np.load(run / "probabilities.npz")), json.loads((run / "result.json").read_text())
+        (run / "probabilities.npz").unlink()
+        save_log_probabilities(run, {**arrays, "best": arrays["best"][::-1]})
+        assert "last" not in np.load(run / HALF["probabilities.npz"])
+        result["best"]["epoch"], result["last"]["epoch"] = 1, 2
+        (run / "result.json").write_text(json.dumps(result))
+    assert compared(runs, capsys) == text
+
+
 def test_what_cannot_be_compared_is_said_in_a_line(runs, capsys):
     with pytest.raises(UserError, match="nowhere is not the folder of a finished run"):
         compared([runs[0], runs[1].parent / "nowhere"], capsys)
+    arrays = dict(np.load(runs[1] / "probabilities.npz"))
+    np.savez(runs[1] / "probabilities.npz", **{**arrays, "labels": arrays["labels"][::-1]})
+    with pytest.raises(UserError, match="the two runs were not tested on the same images"):
+        compared(runs, capsys)
+    np.savez(runs[1] / "probabilities.npz", **arrays)
     result = json.loads((runs[1] / "result.json").read_text())
     (runs[1] / "result.json").write_text(json.dumps(result | {"classes": result["classes"][::-1]}))
     with pytest.raises(UserError, match="the two runs were not tested on the same images"):

@@ -4,12 +4,14 @@ import csv
 import json
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from conftest import ROOT, run_row
 from two_processes import MOVING, ROWS, SETTINGS, frozen_batch_norm
 
@@ -127,3 +129,37 @@ def test_what_is_dealt_comes_back_in_order(monkeypatch, n):
 
     monkeypatch.setattr(data_parallel.dist, "all_gather_object", all_gather)
     assert [int(item) for item in data_parallel.gather(hands[0])] == list(range(n))
+
+
+@pytest.mark.parametrize(("local", "order"), [("0", ["body", "barrier"]), ("1", ["barrier", "body"])])
+def test_a_machines_first_process_downloads_before_its_others(local, order, monkeypatch):
+    done = []
+    monkeypatch.setenv("LOCAL_RANK", local)
+    monkeypatch.setenv("RANK", f"{2 + int(local)}")  # of the second machine
+    monkeypatch.setattr(data_parallel, "barrier", lambda: done.append("barrier"))
+    with data_parallel.one_after_all():
+        done.append("body")
+    assert done == order
+
+
+def test_only_the_first_process_computes_what_all_of_them_get(monkeypatch):
+    monkeypatch.setattr(data_parallel, "size", lambda: 2)
+    monkeypatch.setattr(data_parallel, "rank", lambda: 1)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda result: result.__setitem__(0, "what the first has"))
+    assert data_parallel.from_first(lambda: pytest.fail("computed")) == "what the first has"
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_processes_meet_anew_at_each_start_and_wait_for_a_teacher(machines, monkeypatch):
+    """On one machine: machines do not count restarts alike."""
+    joined, store = {}, dist.HashStore()
+    store.set_timeout(timedelta(seconds=1))
+    monkeypatch.setattr(data_parallel, "rendezvous", lambda url: iter([(store, 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: joined.update(how))
+    names = dict(TORCHELASTIC_RUN_ID="run", TORCHELASTIC_RESTART_COUNT="3", GROUP_WORLD_SIZE=f"{machines}")
+    for name, value in {**names, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert data_parallel.join.__wrapped__("cpu") == torch.device("cpu")
+    joined["store"].set("key", "value")
+    assert store.get("start 3/key" if machines == 1 else "key") == b"value"
+    assert (joined["rank"], joined["world_size"]) == (0, 2) and joined["timeout"] > timedelta(days=1)

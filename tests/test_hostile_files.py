@@ -146,6 +146,7 @@ PREDICTIONS = {
     "no labels": ({"best": predictions()["best"]}, "cannot be used"),
     "nothing": ({}, "it lacks predictions"),
     "of one image": ({name: array[:1] for name, array in predictions().items()}, "it lacks predictions"),
+    "negative": (predictions(best=np.array([[-1, 1, 1]] * 6, np.float32)), "no probabilities"),
     "almost summing to one": (predictions(last=predictions()["last"] * np.float32(1.00105)), "no probabilities"),
     "selected on no images": (predictions(selected=predictions()["best"]), "it lacks predictions"),
     "bomb": (predictions(best=np.zeros((3_000_000, 3), np.float32)), "far more than predictions do"),

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -89,9 +90,6 @@ def test_variants_and_settings(snakemake):
     assert jobs == dict.fromkeys(["table", *ROWS, *variants], 1)
     commands = snakemake("-n", "-p", config="seeds=1 variants=true val_size=100")
     assert len(re.findall("recipes/.*--val-size 100.* --seed 0", commands)) == 20
-    commands = snakemake("-n", "-p", config="seeds=1 results_dir='my results'")
-    assert len(re.findall("--results-dir 'my results' .*> 'my results/smoke/.*/run.log' 2>&1", commands)) == 16
-    assert "> 'my results/smoke/report.log' 2>&1" in commands
     assert "--config: --val-size must be 1 or more, not 0" in snakemake("-n", config="val_size=0")
     for config in ("seed=1", "seeds=two"):
         assert "--config: it is seeds=3, a number, for seeds 0, 1 and 2" in snakemake("-n", config=config)
@@ -103,6 +101,18 @@ def test_variants_and_settings(snakemake):
     assert "--config: overwrite is for a recipe alone" in snakemake("-n", config="overwrite=true")
 
 
+def test_a_runs_command_and_the_files_that_it_reads(snakemake):
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    plan = snakemake("-n", "-p", config="seeds=1 results_dir='my results' jobs_per_gpu=2")
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN  # a cluster's warning is for the run, which takes over:
+    run = "exec .*/one_gpu.py 2 .* --results-dir 'my results' .*> 'my results/smoke/.*/run.log' 2>&1"
+    assert len(re.findall(run, plan)) == 16
+    assert "/report.py --protocol smoke --results-dir 'my results' > 'my results/smoke/report.log' 2>&1" in plan
+    inputs = dict(re.findall(r"rule (\w+):\n +input: (.*)", plan))
+    assert inputs["student_ensemble"].count("/probabilities.npz") == 5  # published ones serve without their weights
+    assert inputs["kd_ensemble_add_loss"].count("/model.safetensors") == 4
+
+
 README = re.findall("^uv run .* snakemake .*", (ROOT / "README.md").read_text(), re.M)
 
 
@@ -112,7 +122,9 @@ def test_commands_of_the_readme_plan_every_row(snakemake, command):
     assert command[:5] == ["uv", "run", "--extra", "table", "snakemake"]
     options, config = command[5 : command.index("--config")], command[command.index("--config") + 1 :]
     options = [str(ROOT / word) if word.startswith("profiles/") else word for word in options]
-    assert planned(snakemake("-n", *options, config=" ".join(config))) == {"table": 1, **dict.fromkeys(ROWS, 3)}
+    plan = snakemake("-n", "-p", *options, config=" ".join(config))
+    assert planned(plan) == {"table": 1, **dict.fromkeys(ROWS, 3)}
+    assert ("--share-teachers" in plan) == ("protocol=smoke" in config)  # of long ones, what is shared fills a disk
 
 
 def test_a_built_table_is_left_alone(snakemake, built):
@@ -222,6 +234,23 @@ def test_each_run_sees_one_gpu_and_a_killed_one_gives_it_back(tmp_path):
     holding[0].kill()
     assert waiting.communicate(timeout=10)[0].strip() == gpus[0]
     holding[1].kill()
+
+
+def test_places_are_of_one_user_and_one_slurm_job(tmp_path, monkeypatch):
+    """For which GPUs are numbered. Names of parts of one may have slashes."""
+    held = []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-GPU-5a/1/0")
+    monkeypatch.setattr(one_gpu.tempfile, "gettempdir", lambda: tmp_path)
+    monkeypatch.setattr(one_gpu.time, "sleep", lambda seconds: pytest.fail("waits"))
+    monkeypatch.setattr(os, "set_inheritable", lambda file, inheritable: held.append(file))
+    monkeypatch.setattr(os, "execvp", lambda *command: None)
+    for job in ("7", "8"):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        one_gpu.main(1, ["true"])
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "MIG-GPU-5a/1/0"
+    for file in held:
+        os.close(file)
+    assert {folder.name for folder in tmp_path.iterdir()} == {f"gpus-{os.getuid()}-{job}" for job in ("7", "8")}
 
 
 @pytest.mark.parametrize(("names", "gpus"), [("", []), ("-1", []), ("2,-1,3", ["2"]), ("GPU-5a,0", ["GPU-5a", "0"])])

@@ -7,11 +7,12 @@ import math
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,17 @@ def test_a_signal_ends_the_run_within_the_step_and_it_resumes(name, code, tmp_pa
     folder = next(tmp_path.glob("smoke/*/seed*"))
     assert len(checkpoint.load(folder)["history"]) == 1
     assert files(run_row("student_baseline", tmp_path, **THREE_STEPS)[1]) == whole
+
+
+def test_a_signal_is_no_error_to_be_passed_over_and_a_second_one_kills():
+    with pytest.raises(SystemExit) as stop, orderly_end():
+        try:
+            with suppress(Exception):  # as around W&B
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(10)
+        finally:
+            handlers = {signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    assert stop.value.code == 143 and handlers == {signal.SIG_DFL}
 
 
 FLAGS = ["--epochs", "3", "--train-size", "96", "--batch-size", "32"]
@@ -203,6 +215,21 @@ def test_atomic_write_leaves_the_old_file_until_the_new_one_is_whole(tmp_path):
     with atomic_write(path) as file:
         file.write(b"new")
     assert path.read_bytes() == b"new"
+
+
+def test_content_is_on_the_disk_before_its_name_and_then_the_name_is(tmp_path, monkeypatch):
+    """Else a power cut leaves a name of nothing, or the file of the epoch before."""
+    done, replace = [], os.replace
+
+    def fsync(file: int) -> None:
+        about = os.fstat(file)
+        done.append("folder" if stat.S_ISDIR(about.st_mode) else f"{about.st_size} bytes")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", lambda *names: done.append("name") or replace(*names))
+    with atomic_write(tmp_path / "file") as file:
+        file.write(b"new")
+    assert done == ["3 bytes", "name", "folder"]
 
 
 # Disks ---------------------------------------------------------------------------------------------------

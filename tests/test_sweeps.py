@@ -105,6 +105,16 @@ def test_a_sweeps_program_names_a_wrong_row(words, message, monkeypatch, capsys)
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(("ends", "code"), [(143, 0), (130, 0), (75, 0), (0, 0), (2, 2), (74, 74)])
+def test_a_run_that_is_ended_early_has_not_failed(ends, code, monkeypatch):
+    """Else an agent whose runs Hyperband ends would give up."""
+    monkeypatch.setattr(common, "cli", lambda recipe: sys.exit(ends))
+    monkeypatch.setattr(sys, "argv", ["row.py", "--row", "kd_cutmix"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "sweeps" / "row.py"), run_name="__main__")
+    assert stop.value.code == code
+
+
 @pytest.mark.slow
 def test_an_agent_runs_two_settings(tmp_path):
     """`wandb sweep` and `wandb agent` themselves, with a server of ours. The second run is finished already, by the

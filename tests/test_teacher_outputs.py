@@ -172,6 +172,16 @@ def test_what_is_no_such_file_is_computed_anew(tmp_path, content):
     assert torch.equal(torch.cat([outputs.step(None, part) for part in views.split(4)]), views + 1)
 
 
+def test_what_a_teacher_says_to_the_same_place_each_time_is_kept(tmp_path):
+    """As CUDA graphs do."""
+    file, place, views = tmp_path / "epoch001.npz", torch.empty(2, 3), torch.arange(12.0).view(4, 3)
+    outputs = EpochOutputs(file, 4, torch.device("cpu"))
+    for part in views.split(2):
+        outputs.step(place.copy_, part)
+    outputs.save()
+    assert torch.equal(EpochOutputs(file, 4, torch.device("cpu")).step(None, views), views)
+
+
 def test_several_teachers_say_the_same_whichever_of_them_are_asked(tmp_path):
     def said(known: str) -> Tensor:
         teacher.outputs = [EpochOutputs(tmp_path / f"{name}.npz", 7, torch.device("cpu")) for name in "abc"]

@@ -55,7 +55,10 @@ def test_numbers_are_those_of_the_weights_in_either_precision(results, capsys):
     assert {file: file.read_bytes() for file in before} == before
 
 
-@pytest.mark.parametrize(("metric", "more"), [("accuracy", 0.00075), ("ece", 0.0075), ("oe", 0.0075), ("nll", 0.0015)])
+@pytest.mark.parametrize(
+    ("metric", "more"),
+    [("accuracy", 0.00075), ("ece", 0.0075), ("oe", 0.0075), ("nll", 0.0015), ("nll", -0.0015)],
+)
 def test_a_number_that_is_not_what_the_weights_say_is_named(metric, more, results, capsys):
     edit(results, "student_ensemble", lambda result: result["last"].update({metric: result["last"][metric] + more}))
     status, lines = verified(results, capsys)
@@ -64,9 +67,14 @@ def test_a_number_that_is_not_what_the_weights_say_is_named(metric, more, result
 
 
 def test_an_older_result_is_verified_by_what_it_has(results, capsys):
-    edit(results, "student_ensemble", lambda result: result["last"].pop("nll"))
+    edit(results, "student_ensemble", lambda result: (result["last"].pop("nll"), result.pop("source_digests")))
     status, lines = verified(results, capsys)
     assert status == 0 and lines[-1].startswith("4 of 4")
+
+
+def test_a_run_with_held_out_images_is_verified(tmp_path, capsys):
+    run_row("student_baseline", tmp_path, val_size=40, wandb_mode="disabled")
+    assert verified(tmp_path, capsys)[0] == 0
 
 
 def test_other_weights_are_refused_and_the_rest_verified(results, capsys):
