@@ -13,6 +13,7 @@ import shlex
 import signal
 import sys
 from collections import Counter
+from contextlib import suppress
 
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a cluster's warning is for the run, not for the Snakemake around it
 sys.path.insert(0, workflow.basedir)
@@ -75,7 +76,10 @@ def inputs(run):
             named = Path(row, "result.json").is_file()
             folder = Path(row if named else configured(row)[1].format(seed=wildcards.seed))
             finished = (folder / "result.json").is_file() and run.cfg.teacher_from == "results"
-            names = files_for(file, read_result(folder)) if finished else ()
+            names = ()
+            if finished:
+                with suppress(UserError):  # a damaged one costs the rows that need it, not all
+                    names = files_for(file, read_result(folder))
             yield str(folder / next((name for name in names if (folder / name).is_file()), file))
 
     return files

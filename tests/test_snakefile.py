@@ -164,6 +164,14 @@ def test_damaged_runs_are_named_and_cost_no_table(built):
     assert "0 of 16 rows are there" in table.read_text()
 
 
+def test_a_damaged_teacher_costs_no_other_row(snakemake, built):
+    Path("results/smoke/teacher_cutmix/seed1/result.json").write_text("{")
+    for row in ("kd_cutmix", "kd_mixup"):
+        Path(f"results/smoke/{row}/seed1/result.json").unlink()
+    jobs = planned(snakemake("-n"))
+    assert jobs["kd_cutmix"] == jobs["kd_mixup"] == 1 and "teacher_cutmix" not in jobs
+
+
 def test_published_files_are_built_upon(snakemake, built):
     """In half precision: where only they are there, nobody trains a teacher again, over its published result."""
     for file in built:
