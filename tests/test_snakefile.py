@@ -1,5 +1,6 @@
 """The graph of the table: what is built from what, what is built again, and on which GPU."""
 
+import base64
 import json
 import os
 import re
@@ -131,6 +132,15 @@ def test_a_built_table_is_left_alone(snakemake, built):
     assert len(built) == 2 * (3 * 14 + 2 * 2) + 3
     assert planned(snakemake("-n")) == {}
     assert planned(snakemake("-n", config="seeds=3")) == {"table": 1, **dict.fromkeys(ROWS, 1)}
+
+
+@pytest.mark.parametrize("left", ["locks/0.output.lock", "incomplete/{}"])
+def test_what_a_killed_snakemake_leaves_behind_stops_nothing(snakemake, built, left):
+    result = "results/smoke/kd_cutmix/seed0/result.json"
+    file = Path(".snakemake", left.format(base64.urlsafe_b64encode(result.encode()).decode()))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"{result}\n" if "locks" in left else "{}")
+    assert "Nothing to be done" in snakemake("--scheduler", "greedy")  # the default one warns of its library
 
 
 def test_a_newer_recipe_rebuilds_its_row_and_what_hangs_on_it(snakemake, built):
