@@ -46,7 +46,7 @@ Fraction = typing.Annotated[float, "above 0 and at most 1", lambda v: 0 < v <= 1
 Severity = typing.Annotated[float, "from 0.1 to 10", lambda v: 0.1 <= v <= 10]
 Pixels = typing.Annotated[int, "from 16 to 1024", lambda v: 16 <= v <= 1024]
 ProjectName = typing.Annotated[
-    str, "a name without any of /\\#?%: (WANDB_ENTITY is whose)", lambda v: not {*v} & {*"/\\#?%:"}
+    str, "a name without any of /\\#?%: (an entity goes into WANDB_ENTITY)", lambda v: not {*v} & {*"/\\#?%:"}
 ]
 TeacherName = typing.Annotated[str, tyro.conf.arg(aliases=("--teacher-artifact",))]
 
@@ -94,7 +94,7 @@ class Config:
     same bits (on a GPU with --deterministic) in less time, for 20 MB per epoch and teacher on CIFAR-100. Not used by
     students with augmentations of their own, nor by one run on several GPUs"""
     wandb_project: ProjectName | None = None
-    """Weights & Biases project, if not WANDB_PROJECT or calibrated-distillation; WANDB_ENTITY says whose"""
+    """Weights & Biases project, if not WANDB_PROJECT or calibrated-distillation; the entity is WANDB_ENTITY"""
     wandb_charts: Count = 10
     """number of epochs, evenly spaced up to the last, at which calibration curves are logged"""
     wandb_thumbnails: bool = False
