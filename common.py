@@ -778,7 +778,9 @@ class Run:
             epochs=cfg.epochs,
             charts=cfg.wandb_charts,
             sources=self.sources,
-            group=f"{self.row}-{cfg.protocol} {flags(self.changes)}"[:128].strip(),  # what differs in its seed alone
+            group=f"{self.row}-{cfg.protocol}{variant(self.changes)} {flags(self.changes)}"[
+                :128
+            ].strip(),  # all its seeds
             job_type="ensemble" if not self.model_name else "kd" if self.sources else kind,
             name=f"{self.row}-{cfg.protocol}-s{cfg.seed} {flags(self.changes)}"[:128].strip(),  # W&B takes no more
             tags=[cfg.protocol, cfg.dataset, *filter(None, os.environ.get("WANDB_TAGS", "").split(","))],

@@ -317,7 +317,7 @@ def _download_cifar100(data_dir: Path) -> None:
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong checksum is a RuntimeError
         raise UserError(
             f"CIFAR-100 is not in {data_dir} and could not be downloaded ({error}): point --data-dir at a folder "
-            "with cifar-100-python/ or {train,test}/<class>/<image>, or try --protocol smoke, which needs no download"
+            "with cifar-100-python/ or {train,test}/<class>/<image>; of recipes, --protocol smoke needs no download"
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)

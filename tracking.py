@@ -195,14 +195,13 @@ class Tracker:
 
         wandb.setup(wandb.Settings(silent=True))
         if mode in ("auto", "online"):  # asked for here, since `wandb.init` would prompt for a key
-            key, lacking = False, "no key is configured (wandb login)" if mode == "online" else ""
+            lacking = "no key is configured (wandb login)" if mode == "online" else ""
             try:
-                key = wandb.login(prompt=False, verify=False)
+                mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
             except wandb.Error as error:  # what is configured cannot be a key
-                lacking = first_line(error)
-            if not key and lacking:
+                mode, lacking = "offline", first_line(error)
+            if mode == "offline" and lacking:
                 _warn(f"{lacking}: recorded offline, for wandb sync")
-            mode = "online" if key else "offline"
         run_id = agent.get("WANDB_RUN_ID") or self._run_id()
         quiet: dict[str, Any] = {"silent": True, "console": "off", "finish_timeout_raises": True, **PATIENCE}
         quiet["sweep_id"] = agent.get("WANDB_SWEEP_ID")

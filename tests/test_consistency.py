@@ -1,8 +1,12 @@
 """What a calibrated model shows by chance, against simulated test sets and sums over all outcomes."""
 
+import re
+import runpy
+
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from scipy.stats import beta, binom
 
 from calibration import calibration_metrics
@@ -63,3 +67,15 @@ def test_a_calibrated_cifar100_model_has_the_errors_that_the_readme_says():
     low, high = np.min(found, 0), np.max(found, 0)
     assert [f"{v:.3f}" for v in (*low[:2], *high[:2])] == ["0.023", "0.006", "0.026", "0.008"]
     assert (f"{low[2]:.0%}", f"{high[2]:.0%}") == ("18%", "45%")
+
+
+@pytest.mark.slow
+def test_the_documents_cite_what_chance_makes(capsys):
+    runpy.run_path(str(ROOT / "benchmarks" / "chance.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    cited = " ".join(((ROOT / "README.md").read_text() + (ROOT / "results" / "README.md").read_text()).split())
+    eces = re.search(r"ECE ([\d.]+) to ([\d.]+)", out).groups()
+    assert "ECE of {:.3f} to {:.3f}".format(*map(float, eces)) in cited
+    errors = [100 * float(found) for line in re.findall(r"error (0\.\d+) to (0\.\d+)", out) for found in line]
+    few, few_most, some, some_most, _, many = (f"{error:.0f}" for error in errors)
+    assert f"error is {some} to {some_most} %; {few} to {few_most} % with 100 images, {many} % with 1,000" in cited

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -90,7 +91,7 @@ def test_an_offline_run_holds_everything(tmp_path, monkeypatch):
     assert (run["project"], run["job_type"]) == ("calibrated-distillation", "kd")
     name = "kd_augmix-smoke-s0 --epochs 2 --milestones 2 --train-size 32"
     assert (run["display_name"], run["tags"]) == (name, ["smoke", "digits", "mine", "rebuttal"])
-    assert run["run_group"] == name.replace("-s0", "")
+    assert run["run_group"] == name.replace("-s0", path.name.removeprefix("seed0"))
     config = run["config"]["update"]
     assert config["temperature"] == 50 and config["teacher"] == "teacher_augmix"
     assert config.items() >= result["settings"].items()
@@ -193,7 +194,8 @@ def test_a_resumed_offline_run_is_one_run(tmp_path, monkeypatch):
     (run,) = server.runs.values()
     assert [row["epoch"] for row in run["history"] if "epoch" in row] == [1, 2, 3] and run["done"] == 0
     group, _, variant = run["groupName"].partition(" ")
-    assert (group, run["jobType"]) == ("student_baseline-smoke", "student") and "--batch-size 32" in variant
+    assert re.fullmatch("student_baseline-smoke-[0-9a-f]{8}", group) and "--batch-size 32" in variant
+    assert run["jobType"] == "student"
     assert {"best/accuracy", "last/ece"} <= run["summary"].keys() and run["config"]["lr"] == 0.01
 
 
