@@ -766,7 +766,7 @@ class Run:
     # Weights & Biases ------------------------------------------------------------------------------------
 
     def _tracker(self) -> Tracker:
-        cfg = self.cfg
+        cfg, all_seeds = self.cfg, f"{self.row}-{self.cfg.protocol}"
         kind = "teacher" if self.row.startswith("teacher_") else "student"
         facts = {"row": self.row, "model": self.model_name, "sources": self.sources}
         facts |= {"published": published(self.row, self.changes), "versions": self._versions()}
@@ -778,11 +778,9 @@ class Run:
             epochs=cfg.epochs,
             charts=cfg.wandb_charts,
             sources=self.sources,
-            group=f"{self.row}-{cfg.protocol}{variant(self.changes)} {flags(self.changes)}"[
-                :128
-            ].strip(),  # all its seeds
+            group=f"{all_seeds}{variant(self.changes)} {flags(self.changes)}"[:128].strip(),  # W&B takes no more
             job_type="ensemble" if not self.model_name else "kd" if self.sources else kind,
-            name=f"{self.row}-{cfg.protocol}-s{cfg.seed} {flags(self.changes)}"[:128].strip(),  # W&B takes no more
+            name=f"{all_seeds}-s{cfg.seed} {flags(self.changes)}"[:128].strip(),
             tags=[cfg.protocol, cfg.dataset, *filter(None, os.environ.get("WANDB_TAGS", "").split(","))],
             config={**settings(cfg), **facts},
         )
