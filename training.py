@@ -19,6 +19,9 @@ from run_settings import Compile, Precision
 # For `deterministic`. cuBLAS reads it once, at its first product, which may be that of a model before this one.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+# Where torch has no oneDNN, as on a Mac, it would convolve batches of 16 and more with NNPACK, several times as slowly.
+torch.backends.nnpack.set_flags(False)
+
 # What `auto` compiles to, and from how many training images in a run, so that the minutes of compilation are won back
 # many times over. On a CPU in fp32 it fuses batch norm, two fifths of ShuffleNetV1's step; in bf16 what it fuses is
 # slower than torch's own. On a GPU it records CUDA graphs, for the models' kernels are so short that launching them one

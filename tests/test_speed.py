@@ -431,3 +431,11 @@ def test_where_a_step_waits_for_a_gpu_is_named(bench, monkeypatch):
         with nullcontext() if answer else pytest.raises(RuntimeError, match=message):
             assert list(bench.waiting("kd_vanilla")) == [answer]
     assert modes == ["error", "default"] * 2
+
+
+def test_convolutions_without_onednn_are_not_nnpacks():
+    convolution, images = torch.nn.Conv2d(3, 8, 3, padding=1), torch.randn(16, 3, 8, 8)
+    with torch.backends.mkldnn.flags(enabled=False), torch.profiler.profile() as profile:
+        convolution(images)
+    names = {event.key for event in profile.key_averages()}
+    assert "aten::_slow_conv2d_forward" in names and "aten::_nnpack_spatial_convolution" not in names
