@@ -26,6 +26,8 @@ from tqdm import tqdm
 
 from run_files import UserError, atomic_write, locked
 
+# Not all that Pillow reads: whatever a file is called, it would have EPS run by Ghostscript.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 DOWNLOAD_TIMEOUT = 60  # seconds without a byte
 CIFAR100_FINGERPRINT = "4734d03245d994a761d6feb843dc22d250ad01e13a1e824ea154be297ba6050a"
 
@@ -164,7 +166,10 @@ def _listing(root: Path, folders: list[str]) -> str:
     digest = hashlib.sha256()
     for file in (file for folder in folders for file in _files(root / folder)):
         stat = os.stat(file)
-        digest.update(f"{os.path.relpath(file, root)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        try:
+            digest.update(f"{os.path.relpath(file, root)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        except UnicodeEncodeError:  # unpacked from an archive of another system
+            raise UserError(f"{file!a} has a name that is not UTF-8: rename it (--data-dir)") from None
     return digest.hexdigest()
 
 
@@ -219,7 +224,7 @@ def read_image(file: str | Path, size: int) -> Tensor:
     """An image as `--dataset folder` sees it: upright, in RGB, resized and centre-cropped to a square.
 
     Args:
-        file: in any format that Pillow reads, of 8 bits a channel.
+        file: in one of the `FORMATS`, of 8 bits a channel.
         size: side in pixels, as the model's --image-size.
 
     Returns:
@@ -229,7 +234,7 @@ def read_image(file: str | Path, size: int) -> Tensor:
         UserError: the file is damaged, or is no such image.
     """
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             if image.mode[0] in "IF":  # what is above 255 would become white
                 raise ValueError(f"its pixels are of mode {image.mode}: convert it to 8 bits a channel")
             image = ImageOps.exif_transpose(image).convert("RGB")

@@ -6,6 +6,7 @@ import itertools
 import os
 import pickle
 import shutil
+import sys
 import tarfile
 import threading
 import time
@@ -353,3 +354,10 @@ def test_train_subset_is_drawn_from_all_of_a_class():
     share = (places - first[subset.train_labels]) / data.train_labels.bincount()[subset.train_labels]
     assert share.mean() == pytest.approx(0.5, abs=0.04) and share.std() == pytest.approx(12**-0.5, abs=0.03)
     assert torch.equal(data.train_subset(500).train_images, subset.train_images)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="names are UTF-8 there")
+def test_names_that_are_not_utf8(image_folder):
+    os.rename(image_folder / "train" / "bee", os.fsencode(image_folder / "train") + b"/b\xe4r")
+    with pytest.raises(UserError, match=r"b\\udce4r/0\.png' has a name that is not UTF-8: rename it"):
+        load_dataset("folder", image_folder)

@@ -13,9 +13,11 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import run_row
+from PIL import EpsImagePlugin
 
 import checkpoint
 import common
+from image_data import read_image
 from run_files import HALF, UserError, load_probabilities, load_weights, read_result
 
 
@@ -231,3 +233,12 @@ def test_readers_of_mutated_files_raise_nothing_but_our_own_error(name, finished
             assert "\n" not in str(error)
             refused += 1
     assert refused > count / 4
+
+
+def test_an_image_that_is_a_program_is_not_run(tmp_path, monkeypatch):
+    """PostScript, whatever it is called: Pillow would hand it to Ghostscript."""
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: (tmp_path / "executed").touch())
+    (tmp_path / "cat.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n")
+    with pytest.raises(UserError, match=r"cannot read the image .*cat\.png"):
+        read_image(tmp_path / "cat.png", 16)
+    assert not (tmp_path / "executed").exists()
