@@ -33,7 +33,7 @@ def free_place(gpus: Sequence[str], jobs_per_gpu: int, folder: Path) -> tuple[st
     """A GPU with a place left, and the open file that holds the place; None where all are taken. Empty GPUs first."""
     for place in range(jobs_per_gpu):
         for gpu in gpus:
-            file = os.open(folder / f"{gpu.replace('/', '_')}-{place}", os.O_CREAT | os.O_WRONLY)
+            file = os.open(folder / f"{gpu.replace('/', '_')}-{place}", os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return gpu, file

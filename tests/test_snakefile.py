@@ -294,3 +294,10 @@ def test_without_a_gpu_the_command_simply_runs(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     words = [sys.executable, ROOT / "one_gpu.py", "1", "echo", "ran"]
     assert subprocess.run(words, capture_output=True, text=True).stdout == "ran\n"
+
+
+def test_a_place_that_somebody_else_made_a_link_is_refused(tmp_path):
+    (tmp_path / "0-0").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError):
+        one_gpu.free_place(["0"], 1, tmp_path)
+    assert not (tmp_path / "elsewhere").exists()
