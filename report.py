@@ -25,7 +25,6 @@ from rows import (
     Statistic,
     as_published,
     best_settings,
-    file_bytes,
     markdown_table,
     number,
     plus_minus,
@@ -381,7 +380,7 @@ def stale(report: Report, folder: Path) -> list[str]:
     """What of a protocol's tables and figures is not that of its results, in a line each that names the rows."""
     lines = []
     for name, text in report.texts().items():
-        old = file_bytes(folder / name).decode(errors="replace") if (folder / name).is_file() else ""
+        old = (folder / name).read_bytes().decode(errors="replace") if (folder / name).is_file() else ""
         lines += _compare(folder / name, old, text)
     manifest, sources = _read_manifest(folder / "figures" / "sources.json"), report.sources()
     changed = {key for key in manifest["runs"].keys() | sources.keys() if manifest["runs"].get(key) != sources.get(key)}
@@ -415,7 +414,7 @@ def for_readme(reports: dict[str, Report]) -> str | None:
 def refresh_readme(path: Path, block: str, check: bool) -> list[str]:
     """Put the block between the markers of README.md; checking, only say what is not up to date, as `stale` does."""
     try:
-        old = file_bytes(path).decode()
+        old = path.read_bytes().decode()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror} (--readme)") from None
     begin, end = (old.find(marker) for marker in MARKERS)

@@ -88,11 +88,11 @@ def read_run(path: Path) -> FinishedRun:
         raise UserError(
             f"{file} is the result of {result['protocol']}/{result['row']}/{name}: it lies in the wrong folder"
         )
-    digest = hashlib.sha256(file_bytes(file))
+    digest = hashlib.sha256(file.read_bytes())
     tables = []
     for name, read in {"history.csv": read_csv, "reliability.csv": read_bins}.items():
         there = (path / name).is_file()
-        digest.update(file_bytes(path / name) if there else b"")
+        digest.update((path / name).read_bytes() if there else b"")
         tables.append(read(path / name) if there else [])
     return FinishedRun(result, *tables, digest.hexdigest())
 
@@ -110,11 +110,6 @@ def trained_on(result: dict[str, Any]) -> str:
     images = f"{settings['train_size']:,} images" if settings["train_size"] else "all"
     images += f" but {settings['val_size']:,}" if settings.get("val_size") and images == "all" else ""
     return f"{settings['epochs']} epoch{'s' * (settings['epochs'] > 1)} on {images} of {result['dataset']}"
-
-
-def file_bytes(path: Path) -> bytes:
-    """What a file holds, the same whatever the machine's line ends."""
-    return path.read_bytes().replace(b"\r\n", b"\n")
 
 
 def run_folders(results_dir: Path, protocol: str) -> list[Path]:
@@ -179,7 +174,7 @@ class Statistic(NamedTuple):
 
 def fitted_temperature(scores: dict[str, Any]) -> float | None:
     """The mean of those of the two halves of the test images; None where an older run has none."""
-    return statistics.fmean(scores["temperatures"]) if "temperatures" in scores else None
+    return statistics.fmean(scores["temperatures"]) if scores.get("temperatures") else None
 
 
 def number(metric: str, value: float, sign: str = "") -> str:
@@ -217,7 +212,9 @@ class Row:
     @property
     def unlike(self) -> list[str]:
         """Settings that are not the same in all runs, and `recipe` where its lines are not."""
-        made = [{**run.result["settings"], "recipe": run.result.get("versions", {}).get("recipe")} for run in self.runs]
+        made = [
+            {**run.result["settings"], "recipe": (run.result.get("versions") or {}).get("recipe")} for run in self.runs
+        ]
         names = set().union(*made) - NOT_IDENTITY
         values = {name: {json.dumps(m[name]) for m in made if m.get(name) is not None} for name in names}
         return sorted(name for name in names if len(values[name]) > 1)

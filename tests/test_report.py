@@ -743,3 +743,11 @@ def test_bins_of_few_images_show_by_their_bars_what_they_are_worth(tmp_path):
     assert list(curve.get_xdata()) == pytest.approx([0.605, 0.975])
     [dash] = [line for line in figures.accuracy_ece(rows).axes[0].lines if line.get_marker() == "_"]
     assert dash.get_ydata() == pytest.approx([rows[0].by_chance["ece"].mean])
+
+
+def test_facts_that_are_empty_in_a_result_are_left_out(tmp_path):
+    folder = make_run(tmp_path, "kd_cutmix")
+    result = json.loads((folder / "result.json").read_text())
+    result |= {"versions": None, "best": {**result["best"], "temperatures": []}}
+    (folder / "result.json").write_text(json.dumps(result))
+    assert run(tmp_path) == 0

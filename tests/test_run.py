@@ -17,7 +17,7 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import THREE_STEPS, Killed, die, in_epoch, run_row
+from conftest import ROOT, THREE_STEPS, Killed, die, in_epoch, run_row
 
 import calibration
 import common
@@ -724,3 +724,10 @@ def test_what_is_published_can_teach_and_be_a_member():
         file = next(filter(Path.is_file, (folder / name for name in names)), None)
         assert file, f"{folder} lacks one of {', '.join(names)}"
         assert sha256(file) == result["files"][file.name], file
+
+
+def test_a_checkout_has_the_lines_that_recipes_are_known_by(tmp_path):
+    """Git for Windows would end them otherwise, and every published run would seem to be of an edited recipe."""
+    command = ["git", "-C", ROOT, "check-attr", "text", "recipes/kd_cutmix.py"]
+    git = subprocess.run(command, capture_output=True, text=True)
+    assert git.returncode or git.stdout.endswith("text: unset\n")
