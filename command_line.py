@@ -3,6 +3,7 @@ operating system asks for it."""
 
 import ast
 import dataclasses
+import os
 import re
 import signal
 import sys
@@ -74,6 +75,7 @@ def _words(word: str, defaults: dict[str, Any]) -> list[str]:
 def orderly_end(advice: str = "") -> Iterator[None]:
     """Turn what ends the body early into one line and an exit code: 2 for a `UserError`, 74 (EX_IOERR) for a disk or
     folder that fails, `EXIT_CODES` for signals, after which `advice` says what to do. A second signal kills."""
+    os.environ.pop("MPLBACKEND", None)  # a notebook's `!` hands down its own, which is not installed here
     numbers = {getattr(signal, name): name for name in EXIT_CODES if hasattr(signal, name)}
 
     def interrupt(number: int, frame: object) -> None:
@@ -81,6 +83,8 @@ def orderly_end(advice: str = "") -> Iterator[None]:
             signal.signal(other, signal.SIG_DFL)
         raise Interrupted(numbers[number])
 
+    # A log file has an epoch's line when the epoch is over; a ± where the locale has none is no reason to fail
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")
     before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield

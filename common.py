@@ -840,7 +840,6 @@ def versions() -> dict[str, str | None]:
 def cli(main: Callable[[Config, Run], None]) -> None:
     """Run a recipe's `main` as the row its file is named for, with settings from the command line."""
     row = Path(main.__code__.co_filename).stem
-    sys.stdout.reconfigure(line_buffering=True)  # a log file has an epoch's line when the epoch is over
     with orderly_end(": the same command goes on after the last finished epoch (without --overwrite)"):
         cfg = parse(config_type(main), main.__globals__["__doc__"])
         print(summary(run_row(row, main, cfg), Run(row, cfg).path))

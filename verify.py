@@ -37,7 +37,7 @@ class Config:
     data_dir: Path = Path("data")
     """where the images are; CIFAR-100 is downloaded there if missing"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes the GPU if there is one"""
+    """auto takes an NVIDIA GPU if torch sees one"""
 
 
 def trained(cfg: Config, folder: Path) -> common.Run:
@@ -93,7 +93,6 @@ def main(cfg: Config) -> int:
     folders = [f for f in folders if cfg.protocol in (None, f.parts[-3]) and (not cfg.rows or f.parts[-2] in cfg.rows)]
     if not folders:
         raise UserError(f"{cfg.results_dir} has no finished run of such --protocol and --rows")
-    sys.stdout.reconfigure(line_buffering=True)
     wrong, finished = 0, {}
     for folder in folders:
         try:

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads that spin make a busy machine crawl
+os.environ.pop("MPLBACKEND", None)  # of a notebook that runs the tests
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests everywhere; a real GPU is asked by benchmarks/new_gpu.py
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a test process for every core

@@ -1,13 +1,15 @@
 """Settings, their bounds, the command line, and what makes a run the same run."""
 
 import dataclasses
+import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROWS
+from conftest import ROOT, ROWS
 
 import common
 from run_files import UserError, flags
@@ -285,3 +287,9 @@ def test_help_explains_every_setting(row, monkeypatch, capsys):
         flag = f"--{field.name.replace('_', '-')}"
         explained = re.search(rf"{flag} [^(]*?[a-z]{{3,}} [^(]*\(", text)
         assert explained, f"{flag} is not explained"
+
+
+def test_a_notebooks_backend_for_figures_is_not_asked_for():
+    code = "from command_line import orderly_end\nwith orderly_end():\n    import matplotlib"
+    environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)

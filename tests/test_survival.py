@@ -424,3 +424,10 @@ def test_other_versions_than_at_the_start_are_named_and_both_recorded(tmp_path, 
 
 
 real_versions = common.versions()
+
+
+def test_signs_that_a_locale_lacks_are_no_reason_to_fail():
+    code = "from command_line import orderly_end\nwith orderly_end():\n    print('1 → 2 ± 3')"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, capture_output=True)
+    assert run.stdout == b"1 ? 2 ? 3\n"
