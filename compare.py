@@ -41,7 +41,7 @@ class Config:
     data_dir: Path = Path("data")
     """where the images are, for a run that has weights but no predictions"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes the GPU if there is one"""
+    """auto takes an NVIDIA GPU if torch sees one"""
 
 
 def predictions(cfg: Config, folder: Path) -> tuple[dict[str, Any], Tensor, Tensor]:

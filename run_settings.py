@@ -76,7 +76,7 @@ class Config:
     val_size: Count | None = None
     """number of training images to hold out; the epoch `selected` and its temperature are chosen on them"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes the GPU if there is one"""
+    """auto takes an NVIDIA GPU if torch sees one"""
     results_dir: Path = Path("results")
     """where run folders go: <protocol>/<row>/seed<k>, or seed<k>-<hash> for settings that are not the row's own"""
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
