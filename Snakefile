@@ -42,6 +42,8 @@ if not str(config.get("seeds", 3)).isdecimal() or "seed" in config:
     raise WorkflowError("--config: it is seeds=3, a number, for seeds 0, 1 and 2; a single seed is run by its recipe, with --seed")
 if not str(config.get("jobs_per_gpu", 1)).isdecimal() or int(config.get("jobs_per_gpu", 1)) < 1:
     raise WorkflowError("--config: it is jobs_per_gpu=2, a number from 1, for two runs on each GPU")
+if config.get("variants", False) not in (True, False):
+    raise WorkflowError("--config: it is variants=true, or variants=false")
 if "overwrite" in config:  # it would delete the log that a run is writing to
     raise WorkflowError("--config: overwrite is for a recipe alone; here it is -R kd_cutmix, or -F for all rows")
 SEEDS = range(int(config.get("seeds", 3)))
@@ -139,7 +141,10 @@ for (row, flags), (run, path) in JOBS.items():
             f"{path}/run.log",
         params:
             command=shlex.join([*ONE_GPU, sys.executable, recipe(row), *FLAGS, *shlex.split(flags)]),
+            # for Snakemake sets both to 1, whatever a cluster gives to the job; torch heeds the smaller one
+            cpus=lambda wildcards, threads, resources: resources.get("cpus_per_task", threads),
         shell:
+            "OMP_NUM_THREADS={params.cpus} MKL_NUM_THREADS={params.cpus} "
             "exec {params.command} --seed {wildcards.seed} > {log:q} 2>&1"
 
 

@@ -90,7 +90,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     path = folder.with_name(f".{folder.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path)
+    lock = filelock.FileLock(path, mode=0o666)  # for others too who may write in this folder, whatever our umask
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout:

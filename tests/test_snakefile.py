@@ -96,6 +96,7 @@ def test_variants_and_settings(snakemake):
         assert "--config: it is seeds=3, a number, for seeds 0, 1 and 2" in snakemake("-n", config=config)
     for config in ("jobs_per_gpu=0", "jobs_per_gpu=two"):
         assert "--config: it is jobs_per_gpu=2, a number from 1" in snakemake("-n", config=config)
+    assert "--config: it is variants=true, or variants=false" in snakemake("-n", config="variants=no")
     assert "--config: " in (output := snakemake("-n", config="lr=1")) and "--lr" in output
     for unknown in ("share_teacher=false", "mirror=true"):
         assert f"--config: --{unknown.split('=')[0].replace('_', '-')} is no setting" in snakemake("-n", config=unknown)
@@ -114,6 +115,13 @@ def test_a_runs_command_and_the_files_that_it_reads(snakemake):
     assert inputs["kd_ensemble_add_loss"].count("/model.safetensors") == 4
 
 
+def test_a_run_takes_the_processors_that_its_job_has(snakemake):
+    """Snakemake itself says one thread to all that it starts."""
+    for options, cpus in ("", 1), ("--default-resources cpus_per_task=4", 4), ("--set-threads kd_cutmix=2", 2):
+        plan = snakemake("results/smoke/kd_cutmix/seed0/result.json", "-n", "-p", *options.split())
+        assert f"OMP_NUM_THREADS={cpus} MKL_NUM_THREADS={cpus} exec " in plan.split("rule kd_cutmix:")[1]
+
+
 README = re.findall("^uv run .* snakemake .*", (ROOT / "README.md").read_text(), re.M)
 
 
@@ -126,6 +134,13 @@ def test_commands_of_the_readme_plan_every_row(snakemake, command):
     plan = snakemake("-n", "-p", *options, config=" ".join(config))
     assert planned(plan) == {"table": 1, **dict.fromkeys(ROWS, 3)}
     assert ("--share-teachers" in plan) == ("protocol=smoke" in config)  # of long ones, what is shared fills a disk
+
+
+def test_what_does_not_train_takes_no_gpu_on_slurm(snakemake):
+    plan = snakemake("-n", "--profile", str(ROOT / "profiles" / "slurm"), config="seeds=1 variants=true")
+    gpus = dict(re.findall(r"rule (\w+):\n(?: +.*\n)*? +resources: .*\bgpu=(\d)", plan))
+    averages = {"teacher_ensemble", "teacher_ensemble_weights_1_1_1_1_1", "student_ensemble"}
+    assert {rule for rule, gpu in gpus.items() if gpu == "0"} == averages | {"table"}
 
 
 def test_a_built_table_is_left_alone(snakemake, built):

@@ -324,6 +324,16 @@ def test_the_second_waits_says_for_whom_and_takes_the_result(tmp_path, capsys, m
         assert (folder.parent / f".{folder.name}.lock").read_text().startswith(f"{os.getpid()}\n")
 
 
+def test_a_lock_is_for_everybody_who_may_write_there(tmp_path):
+    """It stays, and another user of a shared folder could not even open it."""
+    before = os.umask(0o022)
+    try:
+        with locked(tmp_path / "run"):
+            assert stat.S_IMODE((tmp_path / ".run.lock").stat().st_mode) == 0o666
+    finally:
+        os.umask(before)
+
+
 @pytest.mark.slow
 def test_two_students_at_once_train_their_teacher_once(tmp_path):
     command = [sys.executable, ROOT / "recipes" / "kd_mixup.py", "--protocol", "smoke", "--epochs", "1"]
