@@ -433,9 +433,10 @@ def test_where_a_step_waits_for_a_gpu_is_named(bench, monkeypatch):
     assert modes == ["error", "default"] * 2
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # mkldnn.flags sets what only Intel's GPUs have
 def test_convolutions_without_onednn_are_not_nnpacks():
     convolution, images = torch.nn.Conv2d(3, 8, 3, padding=1), torch.randn(16, 3, 8, 8)
-    with torch.backends.mkldnn.flags(enabled=False), torch.profiler.profile() as profile:
+    with torch.backends.mkldnn.flags(enabled=False), torch.profiler.profile(acc_events=True) as profile:
         convolution(images)
     names = {event.key for event in profile.key_averages()}
     assert "aten::_slow_conv2d_forward" in names and "aten::_nnpack_spatial_convolution" not in names
