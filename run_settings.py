@@ -31,6 +31,7 @@ PROTOCOLS = {
     "short": Protocol(240, (150, 180, 210), "cifar100"),
     "quick": Protocol(30, (19, 23, 27), "cifar100"),
     "brief": Protocol(8, (5, 7), "cifar100", precision="bf16"),
+    "small": Protocol(40, (25, 30, 35), "cifar100", train_size=5000, precision="bf16"),
     "cpu": Protocol(5, (4,), "cifar100", train_size=5000),
     "smoke": Protocol(4, (3,), "digits"),
 }
@@ -55,9 +56,9 @@ TeacherName = typing.Annotated[str, tyro.conf.arg(aliases=("--teacher-artifact",
 class Config:
     """Settings that a row hands on to the rows it builds upon."""
 
-    protocol: Literal["paper", "short", "quick", "brief", "cpu", "smoke"] = "paper"
-    """how long to train, in epochs: paper 500, short 240, quick 30; brief 8 in bf16, for CPUs with AVX512-BF16; cpu 5
-    on a tenth of the images; smoke 4 on the bundled digits"""
+    protocol: Literal["paper", "short", "quick", "brief", "small", "cpu", "smoke"] = "paper"
+    """how long to train, in epochs: paper 500, short 240, quick 30; brief 8, and small 40 on a tenth of the images,
+    both in bf16, for CPUs with AVX512-BF16; cpu 5 on a tenth; smoke 4 on the bundled digits"""
     epochs: Count | None = None
     """number of epochs, if not the protocol's; its milestones then move in proportion"""
     milestones: tuple[Count, ...] | None = None
@@ -82,8 +83,8 @@ class Config:
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Weights & Biases: auto obeys WANDB_MODE; without it, online if a key is configured, else offline"""
     precision: Precision | None = None
-    """precision of the models in training: bf16 for brief, else auto, which is bf16 on a GPU that has it and fp32
-    elsewhere; losses and evaluation are always fp32, with TF32 convolutions on a GPU"""
+    """precision of the models in training: bf16 for brief and small, else auto, which is bf16 on a GPU that has it and
+    fp32 elsewhere; losses and evaluation are always fp32, with TF32 convolutions on a GPU"""
     deterministic: bool = False
     """make a GPU give the same bits every time, as a CPU does; slower"""
     teacher_from: Literal["results", "train"] = "results"

@@ -63,6 +63,7 @@ def test_settings_are_the_papers(row):
         (dict(epochs=1), 1, (1, 1, 1)),  # no milestone before the first epoch
         (dict(epochs=10), 10, (3, 4, 5)),  # the first that is no earlier than in proportion
         (dict(protocol="brief"), 8, (5, 7)),
+        (dict(protocol="small"), 40, (25, 30, 35)),
         (dict(protocol="cpu"), 5, (4,)),
         (dict(protocol="smoke"), 4, (3,)),
         (dict(epochs=10, milestones=(5, 10)), 10, (5, 10)),
@@ -90,7 +91,8 @@ def test_a_bound_is_allowed_where_it_says_so(row, settings):
     assert vars(common.resolve(config(row, **settings))).items() >= settings.items()
 
 
-def test_the_cpu_protocol_is_a_tenth_of_the_images():
+def test_the_protocols_small_and_cpu_are_of_a_tenth_of_the_images():
+    assert common.resolve(config("kd_cutmix", protocol="small")).train_size == 5000
     assert common.resolve(config("kd_cutmix", protocol="cpu")).train_size == 5000
     assert common.resolve(config("kd_cutmix", protocol="cpu", train_size=100)).train_size == 100
     assert common.resolve(config("kd_cutmix", protocol="cpu", dataset="folder")).train_size is None  # not of others
@@ -98,8 +100,9 @@ def test_the_cpu_protocol_is_a_tenth_of_the_images():
     assert folder(protocol="cpu", train_size=5000) == "results/cpu/kd_cutmix/seed0"
 
 
-def test_the_brief_protocol_is_in_bf16():
+def test_the_protocols_brief_and_small_are_in_bf16():
     assert common.resolve(config("kd_cutmix", protocol="brief")).precision == "bf16"
+    assert common.resolve(config("kd_cutmix", protocol="small")).precision == "bf16"
     assert common.resolve(config("kd_cutmix", protocol="brief", precision="fp32")).precision == "fp32"
     assert common.resolve(config("kd_cutmix", protocol="brief", dataset="folder")).precision == "auto"  # not of others
     assert common.resolve(config("kd_cutmix", protocol="quick")).precision == "auto"
@@ -171,7 +174,7 @@ WRONG = [
     ("kd_cutmix", "--temperature 0", "--temperature must be greater than 0"),
     ("kd_cutmix", "--kd-weight -1", "--kd-weight must be 0 or more"),
     ("kd_cutmix", "--ce-weight nan", "--ce-weight must be 0 or more"),
-    ("kd_cutmix", "--protocol long", "'paper', 'short', 'quick', 'brief', 'cpu', 'smoke'"),
+    ("kd_cutmix", "--protocol long", "'paper', 'short', 'quick', 'brief', 'small', 'cpu', 'smoke'"),
     ("kd_cutmix", "--protocol smok", "--protocol"),
     ("kd_cutmix", "--protocl smoke", "--protocl, smoke (did you mean --protocol?)"),
     ("kd_cutmix", "--teachers teacher_mixup", "--teachers, teacher_mixup (did you mean --teacher?)"),
