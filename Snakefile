@@ -25,7 +25,7 @@ from run_files import UserError, files_for, flag, flags as flags_of, read_result
 
 OWN = {"seeds", "variants", "jobs_per_gpu"}
 config.update({name: value == "true" for name, value in config.items() if value in ("true", "false")})
-config.setdefault("share_teachers", config.get("protocol") in ("brief", "small", "cpu", "smoke"))  # where it takes under 1 GB
+config.setdefault("share_teachers", config.get("protocol") in ("brief", "small", "cpu", "smoke"))  # under 1 GB
 
 
 def words(name, value):
