@@ -1,7 +1,8 @@
 # The kit with its pinned versions, for the table's jobs and for sweep agents on any number of machines.
 #   docker build --tag calibrated-distillation .
-#   docker run --gpus all --volume "$PWD/data:/kit/data" --volume "$PWD/results:/kit/results" \
-#       calibrated-distillation python recipes/kd_cutmix.py
+#   mkdir -p data  # else Docker makes it, as root
+#   docker run --gpus all --user "$(id -u):$(id -g)" --volume "$PWD/data:/kit/data" \
+#       --volume "$PWD/results:/kit/results" calibrated-distillation python recipes/kd_cutmix.py
 FROM nvidia/cuda:13.0.1-base-ubuntu24.04
 
 # A compiler for torch.compile, git for the commit in result.json
@@ -18,5 +19,8 @@ COPY pyproject.toml ./
 RUN uv sync --python 3.12 --no-dev --extra table --no-install-project
 COPY . .
 RUN uv sync --python 3.12 --no-dev --extra table
+
+# For a --user that has no name and no home here, as on Kubernetes: torch asks for the one, W&B writes into the other
+ENV USER=kit HOME=/tmp
 
 CMD ["python", "recipes/kd_cutmix.py", "--help"]
