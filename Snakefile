@@ -38,9 +38,9 @@ def words(name, value):
 FLAGS = [word for name, value in config.items() if name not in OWN for word in words(name, value)]
 for name in config.keys() - OWN - {field.name for field in dataclasses.fields(common.Config)}:
     raise WorkflowError(f"--config: {flag(name)} is no setting that a row hands on to those it builds upon")
-if not str(config.get("seeds", 3)).isdecimal() or "seed" in config:
-    raise WorkflowError("--config: it is seeds=3, a number, for seeds 0, 1 and 2; a single seed is run by its recipe, with --seed")
-if not str(config.get("jobs_per_gpu", 1)).isdecimal() or int(config.get("jobs_per_gpu", 1)) < 1:
+if not re.fullmatch(r"[1-9]\d*", str(config.get("seeds", 3))) or "seed" in config:
+    raise WorkflowError("--config: it is seeds=3, a number from 1, for seeds 0, 1 and 2; a single seed is run by its recipe, with --seed")
+if not re.fullmatch(r"[1-9]\d*", str(config.get("jobs_per_gpu", 1))):
     raise WorkflowError("--config: it is jobs_per_gpu=2, a number from 1, for two runs on each GPU")
 if config.get("variants", False) not in (True, False):
     raise WorkflowError("--config: it is variants=true, or variants=false")

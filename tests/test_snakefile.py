@@ -92,8 +92,8 @@ def test_variants_and_settings(snakemake):
     commands = snakemake("-n", "-p", config="seeds=1 variants=true val_size=100")
     assert len(re.findall("recipes/.*--val-size 100.* --seed 0", commands)) == 20
     assert "--config: --val-size must be 1 or more, not 0" in snakemake("-n", config="val_size=0")
-    for config in ("seed=1", "seeds=two"):
-        assert "--config: it is seeds=3, a number, for seeds 0, 1 and 2" in snakemake("-n", config=config)
+    for config in ("seed=1", "seeds=0", "seeds=two"):
+        assert "--config: it is seeds=3, a number from 1, for seeds 0, 1 and 2" in snakemake("-n", config=config)
     for config in ("jobs_per_gpu=0", "jobs_per_gpu=two"):
         assert "--config: it is jobs_per_gpu=2, a number from 1" in snakemake("-n", config=config)
     assert "--config: it is variants=true, or variants=false" in snakemake("-n", config="variants=no")
