@@ -75,7 +75,8 @@ def atomic_write(path: Path, keep: Path | None = None) -> Iterator[typing.Binary
     if os.name == "posix":  # the names are on the disk once the folder is
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            with suppress(OSError):  # on mounts of VirtualBox or of older SMB, folders cannot be synced
+                os.fsync(folder)
         finally:
             os.close(folder)
 
