@@ -61,7 +61,7 @@ def load(folder: Path) -> dict[str, Any] | None:
 
 
 def remove(folder: Path) -> None:
-    for name in NAMES:
+    for name in reversed(NAMES):  # killed in between, nobody goes on from the one before
         (folder / name).unlink(missing_ok=True)
 
 

@@ -148,8 +148,8 @@ def run_row(row: str, main: Callable, cfg: Config) -> dict[str, Any]:
     try:
         finished = None if cfg.overwrite else data_parallel.from_first(run.load_result)
         result = finished or run.complete(main)
-    except (RuntimeError, MemoryError) as error:  # cuBLAS and cuDNN say what they lack in words alone
-        words = "out of memory|can't allocate memory|ALLOC(ATION)?_FAILED"
+    except (RuntimeError, MemoryError) as error:  # cuBLAS, cuDNN and oneDNN say what they lack in words alone
+        words = "out of memory|can't allocate memory|ALLOC(ATION)?_FAILED|could not create a primitive$"
         if not isinstance(error, MemoryError) and not re.search(words, str(error)):
             raise
         raise UserError(
@@ -721,8 +721,8 @@ class Run:
         digest = sha256(file)
         if digest != result["files"].get(file.name):
             raise UserError(
-                f"{file} is damaged, for it is not what result.json describes: delete it, and {result['row']} is "
-                "trained again where it is named as a row"
+                f"{file} is damaged, for it is not what result.json describes: delete it, and --teacher-from train "
+                f"trains {result['row']} again where it is named as a row"
             )
         return digest
 

@@ -73,7 +73,7 @@ def test_a_finished_run_whose_files_were_damaged_is_noticed(name, use, teacher, 
     data = bytearray((teacher / name).read_bytes())
     data[len(data) // 2] ^= 1
     (teacher / name).write_bytes(data)
-    again = "delete it, and student_baseline is trained again where it is named as a row"
+    again = "delete it, and --teacher-from train trains student_baseline again where it is named as a row"
     with pytest.raises(UserError, match=rf"{name} is damaged.*: {again}"):
         use(teacher, tmp_path)
     for file in (*HALF, *HALF.values()):  # any of them would do for an ensemble

@@ -190,6 +190,15 @@ def test_a_kill_between_the_two_renames_costs_an_epoch(tmp_path, monkeypatch, wh
     assert files(run_row("student_baseline", tmp_path, **THREE_STEPS)[1]) == whole
 
 
+def test_a_kill_while_checkpoints_are_removed_leaves_the_last_one(tmp_path, monkeypatch):
+    for epoch in (1, 2):
+        checkpoint.save(tmp_path, {"epoch": epoch})
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "unlink", lambda path, **_: os.remove(path) or die())
+        checkpoint.remove(tmp_path)
+    assert checkpoint.load(tmp_path)["epoch"] == 2
+
+
 def test_checkpoints_hold_nested_states_exactly(tmp_path):
     shared = torch.randn(3, 2)
     state = {"a": {"b": {"w.x": shared, "n": 1 / 3}, "c": shared}, "list": [{"loss": float("inf")}], "none": None}
@@ -230,6 +239,17 @@ def test_content_is_on_the_disk_before_its_name_and_then_the_name_is(tmp_path, m
     with atomic_write(tmp_path / "file") as file:
         file.write(b"new")
     assert done == ["3 bytes", "name", "folder"]
+
+
+def test_a_file_system_that_cannot_sync_folders_is_no_reason_to_fail(tmp_path, monkeypatch):
+    def fsync(file: int) -> None:
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with atomic_write(tmp_path / "file") as file:
+        file.write(b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
 
 
 # Disks ---------------------------------------------------------------------------------------------------
@@ -391,6 +411,7 @@ def test_a_model_that_is_not_finite_is_never_saved(weight, message, tmp_path, mo
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),  # since cuDNN 9
         RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("could not create a primitive"),  # oneDNN's, where `ulimit -v` leaves it too little
         MemoryError("Unable to allocate 30.0 TiB for an array"),
     ],
     ids=str,
