@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from run_files import UserError, flag
+from run_files import PUBLISHED_CSV, UserError, flag
 
 Settings = TypeVar("Settings")
 
@@ -87,6 +87,8 @@ def orderly_end(advice: str = "") -> Iterator[None]:
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
+        if not PUBLISHED_CSV.is_file():  # nor recipes/, where only the modules were installed
+            raise UserError(f"{PUBLISHED_CSV} is not there: the kit runs from a clone of it, after pip install -e .")
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

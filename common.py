@@ -302,7 +302,8 @@ class Run:
                 try:
                     shutil.rmtree(self.path)
                 except OSError as error:
-                    raise UserError(f"{self.path} cannot be deleted (--overwrite): {error}") from None
+                    reason = error if error.errno else error.args[0]  # Python 3.13 spoils the text of a link's error
+                    raise UserError(f"{self.path} cannot be deleted (--overwrite): {reason}") from None
             return self.load_result() is None or not (self.path / self.needed).is_file()
 
         first = data_parallel.rank() == 0  # it holds the folder for all processes of a data-parallel run

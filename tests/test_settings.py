@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -296,3 +297,11 @@ def test_a_notebooks_backend_for_figures_is_not_asked_for():
     code = "from command_line import orderly_end\nwith orderly_end():\n    import matplotlib"
     environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+
+
+def test_modules_without_the_clone_say_how_to_install_it(tmp_path):
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    done = subprocess.run([sys.executable, "report.py"], cwd=tmp_path, capture_output=True, text=True)
+    missing = tmp_path / "results" / "published.csv"
+    assert done.returncode == 2 and re.fullmatch(f"error: {missing} is not there: .*pip install -e .\n", done.stderr)
