@@ -64,7 +64,7 @@ class FinishedRun:
     history: list[dict[str, float]]
     bins: list[dict[str, float]]
     digest: str
-    """SHA-256 of the three files, the same whatever the machine's line ends"""
+    """SHA-256 of the three files"""
 
 
 def read_run(path: Path) -> FinishedRun:
