@@ -2,6 +2,7 @@
 the error that tells a person what to do."""
 
 import csv
+import errno
 import hashlib
 import json
 import math
@@ -75,8 +76,10 @@ def atomic_write(path: Path, keep: Path | None = None) -> Iterator[typing.Binary
     if os.name == "posix":  # the names are on the disk once the folder is
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            with suppress(OSError):  # on mounts of VirtualBox or of older SMB, folders cannot be synced
-                os.fsync(folder)
+            os.fsync(folder)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EBADF):  # no folder can be synced there: VirtualBox, older SMB
+                raise
         finally:
             os.close(folder)
 

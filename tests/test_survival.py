@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -241,13 +241,15 @@ def test_content_is_on_the_disk_before_its_name_and_then_the_name_is(tmp_path, m
     assert done == ["3 bytes", "name", "folder"]
 
 
-def test_a_file_system_that_cannot_sync_folders_is_no_reason_to_fail(tmp_path, monkeypatch):
+@pytest.mark.parametrize("reason", [errno.EINVAL, errno.EBADF, errno.EIO])
+def test_folders_that_cannot_be_synced_are_no_failure_but_a_broken_disk_is(reason, tmp_path, monkeypatch):
     def fsync(file: int) -> None:
         if stat.S_ISDIR(os.fstat(file).st_mode):
-            raise OSError(errno.EINVAL, "Invalid argument")
+            raise OSError(reason, os.strerror(reason))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with atomic_write(tmp_path / "file") as file:
+    fails = pytest.raises(OSError, match="Input/output") if reason == errno.EIO else nullcontext()
+    with fails, atomic_write(tmp_path / "file") as file:
         file.write(b"new")
     assert (tmp_path / "file").read_bytes() == b"new"
 
