@@ -181,6 +181,16 @@ def test_bf16_is_near_fp32_with_losses_and_weights_in_fp32():
     torch.testing.assert_close(model(images), plain(images))
 
 
+@pytest.mark.parametrize("cpu", [{"avx512_bf16": True}, {"avx2": True, "avx512_bf16": False}, {"bf16": True}])
+def test_bf16_that_is_emulated_is_warned_of(monkeypatch, capsys, cpu):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    for precision in ("auto", "fp32", "bf16"):
+        assert not capsys.readouterr().err
+        Trainer(make_task("wrn"), torch.device("cpu"), 0, lr=0.1, momentum=0, weight_decay=0, precision=precision)
+    emulated = "avx2" in cpu
+    assert ("--precision fp32" in capsys.readouterr().err) == emulated
+
+
 @pytest.mark.parametrize("kind", ["kd 1", "kd 4"])
 def test_a_teacher_cast_once_says_what_autocast_has_it_say(kind):
     images = torch.randn(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
