@@ -114,10 +114,10 @@ def significant(column: Sequence[Sequence[float]]) -> list[bool]:
     """For the differences of each row from one and the same, whether they are not zero but for chance.
 
     By Student's t-test, p < 0.05, with the `pooled` standard deviation and at least two degrees of freedom. With
-    4 to 8 equally noisy rows it finds one of two standard deviations of a difference in 39 to 48 % of cases with two
-    seeds, in 78 to 82 % with three (each row tested alone: 18 and 47 %). It finds one where there is none in 2 to 4 %
+    4 to 8 equally noisy rows it finds one of two standard deviations of a difference in 38 to 48 % of cases with two
+    seeds, in 79 to 83 % with three (each row tested alone: 18 and 47 %). It finds one where there is none in 2 to 4 %
     (alone: 5), in 5 to 7 % where the row that is subtracted is twice as noisy as the others, and of a row that is
-    itself two or three times as noisy in 6 to 15 % with two seeds, 10 to 22 % with three (benchmarks/chance.py).
+    itself two or three times as noisy in 5 to 15 % with two seeds, 11 to 21 % with three (benchmarks/chance.py).
     """
     from scipy.stats import t
 

@@ -32,8 +32,8 @@ def calibrated_models() -> None:
     rng, eces, deviations, oes, shifted = np.random.default_rng(0), [], [], [], []
     for above in (0.18, 0.45):
         size = brentq(lambda s, above=above: beta.sf(0.95, 0.77 * s, 0.23 * s) - above, 0.5, 50)
-        confidence = beta.ppf(places, 0.77 * size, 0.23 * size)
-        p = torch.tensor((1 - confidence) / 999)[:, None].repeat(1, 1000)  # the first class is predicted
+        confidence = beta.ppf(places, 0.77 * size, 0.23 * size).clip(0.002)  # so that the first class is predicted
+        p = torch.tensor((1 - confidence) / 999)[:, None].repeat(1, 1000)
         p[:, 0] = torch.tensor(confidence)
         bins = calibration_metrics(p, torch.zeros(IMAGES, dtype=torch.long))
         (ece, deviation), (oe, _) = errors_by_chance(bins.bin_count, bins.bin_confidence)
@@ -51,7 +51,7 @@ def floors_of_brief() -> None:
     generator, found = torch.Generator().manual_seed(0), {"adaptive_ece": [], "classwise_ece": []}
     for file in sorted(RESULTS.glob(f"brief/*/seed0/{HALF['probabilities.npz']}")):
         p = torch.from_numpy(load_probabilities(file)["best"])
-        scores = [calibration_scores(p, torch.multinomial(p, 1, generator=generator)[:, 0]) for _ in range(3)]
+        scores = [calibration_scores(p, torch.multinomial(p, 1, generator=generator)[:, 0]) for _ in range(10)]
         for metric, means in found.items():
             means.append(statistics.mean(score[metric] for score in scores))
     text = ", ".join(f"{metric} {between(means)}" for metric, means in found.items())
