@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data_parallel
-from run_files import first_line
+from run_files import UserError, first_line
 from run_settings import Compile, Precision
 
 # For `deterministic`. cuBLAS reads it once, at its first product, which may be that of a model before this one.
@@ -61,6 +61,7 @@ class Trainer:
         self, task: TrainingTask, device: torch.device, images: int, *, lr: float, momentum: float, weight_decay: float,
         compile: Compile = "auto", precision: Precision = "auto", deterministic: bool = False,
     ):  # fmt: skip
+        check_trainable(task)
         if deterministic:
             torch.use_deterministic_algorithms(True)
             # Would be a quarter of a step's operations, and no step reads what nobody wrote: tests/test_speed.py
@@ -137,6 +138,23 @@ class Trainer:
         """Whether all weights and running statistics are."""
         tensors = [tensor for tensor in self.model.state_dict().values() if tensor.is_floating_point()]
         return bool(nn.utils.get_total_norm(tensors).isfinite())
+
+
+def check_trainable(task: TrainingTask) -> None:
+    """Refuse a task that has more to train than the model whose logits are evaluated, as the projection of timm's
+    `FeatureDistillationTask`: optimiser, checkpoint and weights are of that model alone.
+
+    Raises:
+        UserError: it names the parameter, where there is one.
+    """
+    model, teacher = task.trainable_module, getattr(task, "teacher", None)
+    trained = {*model.parameters(), *(teacher.parameters() if teacher else ())}
+    outside = [name for name, p in task.named_parameters() if p.requires_grad and p not in trained]
+    if outside or task.get_eval_model() is not model:
+        raise UserError(
+            f"{type(task).__name__} cannot be trained here: of a task its trainable_module alone is trained and kept, "
+            f"and has to give logits{f'; {outside[0]} is outside it' if outside else ''}"
+        )
 
 
 def autocast(model: nn.Module, device: torch.device, in_eval: bool = False) -> None:

@@ -10,10 +10,12 @@ from conftest import Linear, RecordingRun
 from scipy.special import softmax
 from scipy.stats import entropy
 from timm.loss import JsdCrossEntropy
-from timm.task import ClassificationTask, LogitDistillationTask
+from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask
+from timm.task.distillation import DistillationTeacher
 from torch import nn
 
 import common
+from run_files import UserError
 from training import Trainer
 
 
@@ -118,6 +120,22 @@ def test_a_loss_times_c_trains_as_the_loss_at_c_times_the_learning_rate_and_1_ov
     torch.testing.assert_close(taught, trained(0.002, 2.5e-3, 1, 0))
     assert (taught - untaught).norm() > 0.1 * (untaught - initial.weight).norm()
     torch.testing.assert_close(trained(0.01, 5e-4, 0.2, 3.2), trained(0.04, 1.25e-4, 0.05, 0.8))
+
+
+def test_what_a_task_would_not_train_or_keep_is_refused():
+    def trainer(task):
+        return Trainer(task, torch.device("cpu"), 1, lr=0.1, momentum=0, weight_decay=0)
+
+    task = LogitDistillationTask(Linear(), DistillationTeacher(Linear()), nn.CrossEntropyLoss())  # it is not frozen
+    trainer(task)
+    task.mixing = nn.Parameter(torch.zeros(3))
+    with pytest.raises(UserError, match=r"LogitDistillationTask cannot be trained here.*; mixing is outside it"):
+        trainer(task)
+    task.mixing.requires_grad_(False)
+    trainer(task)
+    student, teacher = (timm.create_model("shufflenet_v1", num_classes=5) for _ in range(2))
+    with pytest.raises(UserError, match=r"FeatureDistillationTask cannot be trained here.*give logits$"):
+        trainer(FeatureDistillationTask(student, teacher, nn.CrossEntropyLoss()))
 
 
 class Logits(nn.Module):
