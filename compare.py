@@ -5,6 +5,7 @@ The images that both runs predicted at their last epoch are resampled 1,000 time
 two models; report.py tells how far another seed would move either.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,9 +72,9 @@ def statistics(p: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
 
     `weights` are those of the images, (resamples, n), each row summing to one. *Scaled* is by the one temperature that
     all images have; resampled, the temperature itself is a Newton step from that one (`fit_temperature`: its derivative
-    in 1 / T; the second one is the variance of log p under q). The size of logits, which softmax outputs know up to a
-    constant for each image, is the root mean square of log p less its mean over the classes: divided by the
-    temperature it is the size that would be calibrated.
+    in 1 / T; the second one is the variance of log p under q), and NaN where none can be fitted. The size of logits,
+    which softmax outputs know up to a constant for each image, is the root mean square of log p less its mean over the
+    classes: divided by the temperature it is the size that would be calibrated.
     """
     temperature = fit_temperature(p, labels)
     p, q = (scale_temperature(p, t) for t in (1.0, temperature))  # in float64, without a 0
@@ -84,6 +85,8 @@ def statistics(p: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
     found = {"accuracy": weights @ right, "overconfidence": weights @ (p.max(1).values - right)}
     found |= {"logits": (weights @ logits.var(1, correction=0)).sqrt()}
     found["temperature"] = 1 / (1 / temperature - (weights @ (mean - target)) / (weights @ variance))
+    if temperature == 1:  # no minimum, from which a step would mean something
+        found["temperature"] = torch.full_like(found["temperature"], math.nan)
     for name, probabilities in {"": p, "_scaled": q}.items():
         confidence = probabilities.max(1).values
         bins = torch.bucketize(confidence, torch.arange(1, 15, dtype=torch.float64) / 15)
@@ -125,7 +128,10 @@ def main(cfg: Config) -> int:
     lines = []
     for metric, values, spreads in compare(p, other, labels):
         cells = zip(values, spreads, ("", "", "+"), strict=True)
-        lines.append([METRICS[metric], *(f"{number(metric, v, sign)} ± {number(metric, s)}" for v, s, sign in cells)])
+        texts = (
+            "none fits" if math.isnan(v) else f"{number(metric, v, sign)} ± {number(metric, s)}" for v, s, sign in cells
+        )
+        lines.append([METRICS[metric], *texts])
     names = [f"`{full_name(r['row'], r['changes'])}`, {r['protocol']}, seed {r['seed']}" for r in (a, b)]
     print(markdown_table(["", *names, "difference"], lines))
     right, other_right = (probabilities.argmax(1) == labels for probabilities in (p, other))

@@ -131,6 +131,16 @@ def test_predictions_of_another_epoch_are_not_taken_for_those_of_the_last(runs, 
     assert compared(runs, capsys) == text
 
 
+def test_where_no_temperature_can_be_fitted_none_is_named(runs, capsys):
+    arrays = dict(np.load(runs[0] / "probabilities.npz"))
+    wrong = (arrays["labels"] + 1) % 10  # worse than chance
+    arrays["last"] = np.where(np.arange(10) == wrong[:, None], 0.19, 0.09).astype(np.float32)
+    np.savez(runs[0] / "probabilities.npz", **arrays)
+    [line] = [line for line in compared(runs, capsys).splitlines() if line.startswith("| temperature |")]
+    ours, theirs, difference = (cell.strip() for cell in line.split("|")[2:5])
+    assert ours == difference == "none fits" and float(theirs.split()[0]) > 0
+
+
 def test_what_cannot_be_compared_is_said_in_a_line(runs, capsys):
     with pytest.raises(UserError, match="nowhere is not the folder of a finished run"):
         compared([runs[0], runs[1].parent / "nowhere"], capsys)
