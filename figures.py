@@ -277,7 +277,7 @@ def accuracy_ece(rows: Sequence[Row]) -> Figure:
     points, labels, handles = [], [], []
     comparable = any(row.comparable for row in rows)
     for i, row in enumerate(rows, 1):
-        style = {"marker": "o^sD"[tables.index(row.table) % 4], "markersize": 4.5, "color": BLUE, "linestyle": ""}
+        style = {"marker": "o^sDv"[tables.index(row.table) % 5], "markersize": 4.5, "color": BLUE, "linestyle": ""}
         numbers = [row.published.get(metric) for metric in ("accuracy", "ece")]
         theirs = None if None in numbers or not comparable else (100 * numbers[0], numbers[1])
         if theirs:

@@ -31,6 +31,7 @@ from rows import (
     read_run,
     recompute_all,
     run_folders,
+    settings_of_most,
     sort_into_rows,
     trained_on,
 )
@@ -347,10 +348,16 @@ class Report:
         rows = self.table + self.others
         return {"table.md": markdown(self.protocol, self.table, self.others, self.note), "table.csv": csv_table(rows)}
 
+    @property
+    def drawn(self) -> list[Row]:
+        """What the figures show: the rows as published, then those of one's own with the same settings; no variants."""
+        alike = settings_of_most(self.table or self.others)
+        rows = as_published(self.table) if self.table else []
+        return rows + [row for row in self.others if row.changes == alike]
+
     def sources(self) -> dict[str, str]:
-        """What the figures are drawn from: run -> its digest. Figures show the rows as published, and no variants."""
-        rows = as_published(self.table)
-        return {f"{row.row}/seed{run.result['seed']}": run.digest for row in rows for run in row.runs}
+        """What the figures are drawn from: run -> its digest."""
+        return {f"{row.row}/seed{run.result['seed']}": run.digest for row in self.drawn for run in row.runs}
 
 
 def write(report: Report, folder: Path) -> None:
@@ -361,7 +368,7 @@ def write(report: Report, folder: Path) -> None:
         with atomic_write(folder / name) as file:
             file.write(text.encode())
     manifest = folder / "figures" / "sources.json"
-    drawn = draw(as_published(report.table), manifest.parent)
+    drawn = draw(report.drawn, manifest.parent)
     for name in set(_read_manifest(manifest)["figures"]) - set(drawn):
         (manifest.parent / name).unlink(missing_ok=True)
     with atomic_write(manifest) as file:

@@ -657,6 +657,30 @@ def test_figures_are_drawn_from_what_there_is_and_always_the_same(tmp_path):
     assert not (folder / "reliability_students.png").exists()  # there is nothing left to draw it from
 
 
+def test_figures_show_rows_of_ones_own_with_the_tables_settings(tmp_path):
+    at_60 = {"epochs": 60}
+    for row in ("teacher_mixup", "kd_mixup", "teacher_my_row"):
+        make_run(tmp_path, row, changes=at_60)
+    for changes in ({}, at_60 | {"alpha": 0.5}):
+        make_run(tmp_path, "my_row", changes=changes)
+    made = report.Report.read(tmp_path, "short")
+    assert [row.row for row in made.drawn if row.runs] == ["teacher_mixup", "kd_mixup", "teacher_my_row"]
+    assert run(tmp_path) == 0
+    texts = {file.stem: file.read_text() for file in (tmp_path / "short" / "figures").glob("*.svg")}
+    shown = {name for name, text in texts.items() if "teacher_my_row" in text}
+    assert shown == texts.keys() - {"reliability_students", "temperatures"}
+    assert run(tmp_path, check=True) == 0
+    make_run(tmp_path, "teacher_my_row", seed=1, changes=at_60)
+    assert made.sources() != report.Report.read(tmp_path, "short").sources()
+
+
+def test_figures_of_rows_of_ones_own_alone_are_of_these(tmp_path):
+    make_run(tmp_path, "my_row")
+    assert run(tmp_path) == 0
+    text = (tmp_path / "short" / "figures" / "accuracy_ece.svg").read_text()
+    assert "my_row" in text and "kd_vanilla" not in text
+
+
 def test_no_text_overlaps_in_the_figures(tmp_path):
     for row in read_published():
         if not row["changes"]:
