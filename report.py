@@ -336,11 +336,11 @@ class Report:
 
     @property
     def lacking(self) -> list[str]:
-        """Runs from before there were further metrics or bins."""
+        """Runs from before there were bins, or one of the further metrics."""
         return [
             f"{run.result['row']}/seed{run.result['seed']}"
             for run in self.runs
-            if not run.bins or "scaled" not in run.result["best"]
+            if not run.bins or not {"scaled", *FURTHER} <= run.result["best"].keys()
         ]
 
     def texts(self) -> dict[str, str]:

@@ -584,6 +584,12 @@ def test_own_readme_is_not_touched_for_results_elsewhere(results):
     assert (ROOT / "README.md").read_bytes() == before
 
 
+def test_runs_without_a_metric_that_was_added_since_are_named(results, monkeypatch, capsys):
+    monkeypatch.setitem(report.FURTHER, "my_metric", "mine")
+    assert run(results) == 0
+    assert re.search(r"without further metrics \(.*kd_cutmix/seed0", capsys.readouterr().out)
+
+
 def test_recomputed_metrics_of_an_old_run_are_those_of_a_fresh_one(results, capsys):
     folder = results / "short" / "kd_cutmix" / "seed0"
     fresh = (folder / "result.json").read_bytes(), (folder / "reliability.csv").read_bytes()
