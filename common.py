@@ -128,7 +128,7 @@ def config_type(main: Callable) -> type[Config]:
     """The settings a recipe's `main` takes.
 
     Raises:
-        UserError: it does not say so, or they lack `@dataclass` or a default.
+        UserError: it does not say so, they lack `@dataclass` or a default, or two name a teacher.
     """
     config, file = typing.get_type_hints(main).get("cfg"), main.__code__.co_filename
     if not (isinstance(config, type) and issubclass(config, Config)):
@@ -138,6 +138,8 @@ def config_type(main: Callable) -> type[Config]:
         raise UserError(f"{file}: {config.__name__} needs @dataclass(kw_only=True) to have a setting {min(missing)}")
     if bare := [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]:
         raise UserError(f"{file}: the setting {bare[0]} of {config.__name__} needs a default")
+    if [*typing.get_type_hints(config, include_extras=True).values()].count(TeacherName) > 1:  # its alias is one flag's
+        raise UserError(f"{file}: {config.__name__} takes one common.TeacherName: several go in a tuple, teachers")
     return config
 
 

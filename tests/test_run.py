@@ -489,6 +489,9 @@ WRONG_RECIPES = {
     "class Own(common.TrainConfig):\n    hot: bool = True\n\ndef main(cfg: Own, run): pass": "Own needs @dataclass",
     "from dataclasses import dataclass\n\n@dataclass(kw_only=True)\nclass Own(common.TrainConfig):\n    hot: bool\n\n"
     "def main(cfg: Own, run): pass": "the setting hot of Own needs a default",
+    "from dataclasses import dataclass\n\n@dataclass(kw_only=True)\nclass Own(common.TrainConfig):\n"
+    "    teacher: common.TeacherName = 'a'\n    second: common.TeacherName = 'b'\n\n"
+    "def main(cfg: Own, run): pass": "Own takes one common.TeacherName: several",
     TRAINS.replace("TrainConfig", "Config"): "own cannot train: its settings have to extend common.TrainConfig",
     "def main(cfg: common.TrainConfig, run): pass": "own.py: main ended without a result: it has to call run.fit",
     TRAINS.replace("shufflenet_v1", "shuflenet_v1"): "timm knows no model shuflenet_v1: shufflenet_v1",
