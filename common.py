@@ -751,9 +751,8 @@ class Run:
     def load_model(self, file: Path) -> nn.Module:
         result = read_result(file.parent)
         name = result["model"]
-        if name and not timm.is_model(name):
-            with suppress(UserError):
-                load_recipe(result["row"])  # which may register it
+        with suppress(UserError):
+            load_recipe(result["row"])  # which may register it, under a name of timm's too
         if not name or not timm.is_model(name):
             raise UserError(
                 f"{file.parent / 'result.json'} is of a model that timm does not know here: {str(name)[:100]}"

@@ -560,6 +560,23 @@ def test_a_network_of_ones_own_learns_from_another(recipes, tmp_path):
     assert (result["model"], result["sources"]) == ("other_net", [str(folder)])
 
 
+def test_a_network_under_a_name_that_is_taken_is_the_recipes(recipes, tmp_path):
+    """As a ResNet-18 for small images may be, whose weights timm's would take too."""
+    (recipes / "own.py").write_text(OWN_NETWORK.format(task="ClassificationTask", name="taken_net", teacher=""))
+    cfg = common.TrainConfig(protocol="smoke", epochs=1, train_size=96, results_dir=tmp_path / "results")
+    common.run_row("own", common.load_recipe("own"), cfg)
+    common.load_recipe.cache_clear()
+
+    def taken(num_classes, **kwargs):  # what another process finds under that name
+        return torch.nn.Sequential(torch.nn.AdaptiveMaxPool2d(2), torch.nn.Flatten(), torch.nn.Linear(12, num_classes))
+
+    timm.models._registry._model_entrypoints["taken_net"] = taken
+    run = common.Run("own", cfg)
+    with pytest.warns(UserWarning, match="Overwriting taken_net"):
+        model = run.load_model(run.path / "model.safetensors")
+    assert isinstance(model[0], torch.nn.AdaptiveAvgPool2d)
+
+
 def test_a_run_is_what_the_plainest_loop_makes_of_its_images(recipes, tmp_path):
     """Each once an epoch, with its label, in an order and in views by seed and epoch; at the rate the history names."""
     (recipes / "own.py").write_text(OWN_NETWORK.format(task="ClassificationTask", name="plain_net", teacher=""))
