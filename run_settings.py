@@ -93,7 +93,7 @@ class Config:
     share_teachers: bool = False
     """cache the teachers' logits of every view in results/teacher_outputs/ for all students of one seed and batch size:
     same bits (on a GPU with --deterministic) in less time, for 20 MB per epoch and teacher on CIFAR-100. Not used by
-    students with augmentations of their own, nor by one run on several GPUs"""
+    students with augmentations or tasks of their own, nor by one run on several GPUs"""
     wandb_project: ProjectName | None = None
     """Weights & Biases project, if not WANDB_PROJECT or calibrated-distillation; the entity is WANDB_ENTITY"""
     wandb_charts: Count = 10
