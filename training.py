@@ -72,8 +72,11 @@ class Trainer:
             precision = "bf16" if device.type == "cuda" and has_bf16("cuda") else "fp32"
         elif precision == "bf16" and not has_bf16(device.type):
             # Measured where torch and oneDNN were told not to use what the CPU has
-            slow = "7 to 13 times slower than fp32 on a CPU without AVX-512, and up to 2.4 times on one with it"
-            print(f"warning: bf16 is emulated here, {slow}: --precision fp32 is another run", file=sys.stderr)
+            print(
+                "warning: bf16 is emulated here, 7 to 13 times slower than fp32 on a CPU without AVX-512, up to 2.4 "
+                "times on others: --precision fp32 makes a variant (docs/scaling.md)",
+                file=sys.stderr,
+            )
         teacher = getattr(task, "teacher", None)
         if teacher and precision == "bf16":  # cast once: of frozen weights, autocast would not keep what it casts
             for module in teacher.modules():
