@@ -302,6 +302,9 @@ class Run:
         def something_to_do() -> bool:
             if self.cfg.overwrite and self.path.exists():
                 try:
+                    if not self.path.is_symlink():  # which rmtree refuses
+                        checkpoint.remove(self.path)  # both first, so that what a kill leaves does not pass for a run
+                        (self.path / "result.json").unlink(missing_ok=True)
                     shutil.rmtree(self.path)
                 except OSError as error:
                     reason = error if error.errno else error.args[0]  # Python 3.13 spoils the text of a link's error

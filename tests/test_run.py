@@ -280,6 +280,19 @@ def test_overwrite_says_so_where_it_cannot_delete(tmp_path):
         run_row("student_baseline", tmp_path, overwrite=True)
 
 
+def test_overwrite_stopped_while_it_deletes_leaves_nothing_that_passes_for_finished(tmp_path, monkeypatch):
+    def stop(folder):
+        (folder / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    result, path = run_row("student_baseline", tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common.shutil, "rmtree", stop)
+        run_row("student_baseline", tmp_path, overwrite=True)
+    again, _ = run_row("student_baseline", tmp_path)
+    assert again["last"] == result["last"] and (path / "model.safetensors").is_file()
+
+
 def test_a_teacher_killed_while_it_is_trained_again_goes_on(tmp_path, monkeypatch, capsys):
     """Its old result is there and its new weights are not the old ones."""
     _, path = run_row("teacher_cutmix", tmp_path)
