@@ -1,12 +1,14 @@
-"""The README's commands, its own row and its table, as a stranger would use them."""
+"""The README's commands, its own row and its table, as a stranger would use them; the tables of results/README.md."""
 
 import dataclasses
 import importlib.util
+import json
 import re
 import shlex
 import shutil
 import sys
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -105,3 +107,30 @@ def test_what_it_says_of_wandb():
 def test_environment_installs_the_project_from_pyproject():
     text = (ROOT / "environment.yml").read_text()
     assert re.search(r"pip:\n\s+- -e \.\n", text) and "torch" not in text
+
+
+def test_typed_numbers_are_those_of_the_runs_that_their_lines_link_to():
+    """In results/README.md, at the last epoch."""
+    columns = {
+        "accuracy, %": lambda last: 100 * last["accuracy"],
+        "ECE": lambda last: last["ece"],
+        "ECE, 15 bins": lambda last: last["ece_15"],
+        "OE": lambda last: last["oe"],
+        "OE, 100 bins": lambda last: last["oe"],
+        "temperature": lambda last: mean(last["temperatures"]),
+        "ECE, scaled": lambda last: last["scaled"]["ece"],
+        "ECE, 15 bins, scaled": lambda last: last["scaled"]["ece_15"],
+        "NLL, scaled": lambda last: last["scaled"]["nll"],
+        "size of logits": None,  # of compare.py
+    }
+    checked = 0
+    for table in re.findall(r"^(?:\|.*\n)+", (ROOT / "results" / "README.md").read_text(), re.MULTILINE):
+        header, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+        for link, *cells in lines:
+            if file := re.search(r"\((\S+/result\.json)\)$", link):
+                last = json.loads((ROOT / "results" / file[1]).read_text())["last"]
+                for name, cell in zip(header[1:], cells, strict=True):
+                    if number := columns[name]:
+                        assert f"{number(last):.{len(cell.partition('.')[2])}f}" == cell, f"{name} of {link}"
+                        checked += 1
+    assert checked > 50
