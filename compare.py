@@ -123,7 +123,8 @@ def main(cfg: Config) -> int:
     from scipy.stats import binomtest
 
     (a, p, labels), (b, other, other_labels) = (predictions(cfg, folder) for folder in cfg.runs)
-    if any(a[name] != b[name] for name in ("dataset", "classes")) or not torch.equal(labels, other_labels):
+    images = [(r["dataset"], r["classes"], r["settings"]["image_size"]) for r in (a, b)]  # sorted by their pixels
+    if images[0] != images[1] or not torch.equal(labels, other_labels):
         raise UserError("the two runs were not tested on the same images")
     lines = []
     for metric, values, spreads in compare(p, other, labels):

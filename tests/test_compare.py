@@ -153,6 +153,10 @@ def test_what_cannot_be_compared_is_said_in_a_line(runs, capsys):
     (runs[1] / "result.json").write_text(json.dumps(result | {"classes": result["classes"][::-1]}))
     with pytest.raises(UserError, match="the two runs were not tested on the same images"):
         compared(runs, capsys)
+    settings = result["settings"] | {"image_size": 16}  # their pixels may sort otherwise
+    (runs[1] / "result.json").write_text(json.dumps(result | {"settings": settings}))
+    with pytest.raises(UserError, match="the two runs were not tested on the same images"):
+        compared(runs, capsys)
     for file in runs[0].glob("*.[ns][pa]*"):
         file.unlink()
     with pytest.raises(UserError, match="has neither predictions of its last epoch nor weights: train it again"):
