@@ -34,7 +34,7 @@ class Interrupted(BaseException):
 def parse(config: type[Settings], description: str | None = None, args: Sequence[str] | None = None) -> Settings:
     """Settings, a dataclass whose field docstrings are the help, from a command line.
 
-    A W&B agent's way with words is understood too: `--seeds=[0, 1]` for a list, `--overwrite=True` for a switch.
+    A W&B agent's way with words is understood too: `--milestones=[1, 2]` for a list, `--overwrite=True` for a switch.
 
     Raises:
         UserError: what tyro says is wrong, in one line.

@@ -566,7 +566,7 @@ class Run:
         arrays["labels"] = self.data.test_labels
         if "selected" in choices:
             arrays["val"], arrays["val_labels"] = choices["selected"]["val_probabilities"], self.data.val_labels
-        arrays = {name: tensor.cpu().numpy() for name, tensor in arrays.items()}  # a resumed run has them on the device
+        arrays = {name: tensor.cpu().numpy() for name, tensor in arrays.items()}  # labels are on the device
         scores = scores_of_run(arrays)
         if unfitted := [name for name in scores if 1.0 in scores[name]["temperatures"]]:
             print(
@@ -772,7 +772,7 @@ class Run:
 
     def _tracker(self) -> Tracker:
         cfg, all_seeds = self.cfg, f"{self.row}-{self.cfg.protocol}"
-        kind = "teacher" if self.row.startswith("teacher_") else "student"
+        kind = "teacher" if self.row.startswith("teacher") else "student"
         facts = {"row": self.row, "model": self.model_name, "sources": self.sources}
         facts |= {"published": published(self.row, self.changes), "versions": self._versions()}
         return Tracker(

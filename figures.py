@@ -231,17 +231,17 @@ def confidence(rows: Sequence[Row]) -> Figure:
 
 def training(rows: Sequence[Row], metric: str) -> Figure:
     """A test metric over the epochs: each row's mean and range over its seeds, before all the others in grey."""
-    curves = {}
+    by_row = {}
     for row in rows:
         n_epochs = min(len(run.history) for run in row.runs)
-        curves[row.label] = np.array([[epoch[metric] for epoch in run.history[:n_epochs]] for run in row.runs])
+        by_row[row.label] = np.array([[epoch[metric] for epoch in run.history[:n_epochs]] for run in row.runs])
     scale = 100 if metric == "accuracy" else 1
 
     def plot(axes: Axes, row: Row) -> None:
-        for label, values in curves.items():
+        for label, values in by_row.items():
             if label != row.label:
                 axes.plot(np.arange(1, values.shape[1] + 1), scale * values.mean(0), color="0.82", linewidth=0.5)
-        values = scale * curves[row.label]
+        values = scale * by_row[row.label]
         epochs = np.arange(1, values.shape[1] + 1)
         lr = [epoch["lr"] for epoch in row.runs[0].history]
         for epoch in range(1, len(epochs)):

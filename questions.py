@@ -82,8 +82,8 @@ hides what little it leaves. Lower ECE is better."""
 def _by_seed(row: Row, metric: str, scaled: bool = False) -> dict[int, float]:
     last = {run.result["seed"]: run.result["last"] for run in row.runs}
     if metric == "temperature":
-        return {seed: t for seed, scores in last.items() if (t := fitted_temperature(scores)) is not None}
-    last = {seed: scores.get("scaled", {}) if scaled else scores for seed, scores in last.items()}
+        return {seed: fitted_temperature(scores) for seed, scores in last.items()}
+    last = {seed: scores["scaled"] if scaled else scores for seed, scores in last.items()}
     return {seed: scores[metric] for seed, scores in last.items() if metric in scores}
 
 

@@ -154,8 +154,8 @@ evaluation of one run, averaged over the seeds, each on the share of its machine
 
 def _computed_on(result: dict[str, Any]) -> str:
     processes = result.get("processes") or 1
-    parts = [result.get("hardware") or "unknown hardware", result.get("precision")]
-    return ", ".join(filter(None, [*parts, f"{processes} processes" if processes > 1 else None]))
+    several = f"{processes} processes" if processes > 1 else None
+    return ", ".join(filter(None, [result["hardware"], result.get("precision"), several]))
 
 
 def notes(protocol: str, rows: Sequence[Row]) -> str:
@@ -170,7 +170,7 @@ def notes(protocol: str, rows: Sequence[Row]) -> str:
     computed = [result for result in results if result.get("precision")] or results  # ensembles compute nothing
     training = " and ".join(sorted({trained_on(result) for result in results}))
     hardware = " and ".join(sorted({_computed_on(result) for result in computed}))
-    commits = [str((result.get("versions") or {}).get("commit")) for result in results]
+    commits = [str(result["versions"].get("commit")) for result in results]
     commits = sorted({commit[:7] + "+" * commit.endswith("+") for commit in commits})
     text += f", {training}, run on {hardware}; commit{'s' * (len(commits) > 1)} {', '.join(commits)}."
     if unlike := [f"`{row.label}` ({', '.join(row.unlike)})" for row in rows if row.unlike]:

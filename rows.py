@@ -76,8 +76,8 @@ def read_run(path: Path) -> FinishedRun:
     result, file = read_result(path), path / "result.json"
     try:
         whole = all(map(_whole_scores, (result[choice] for choice in CHOICES if choice in result)))
-        kinds = {"versions": dict, "hardware": str, "precision": str, "processes": int}
-        whole = whole and all(isinstance(result.get(name) or kind(), kind) for name, kind in kinds.items())
+        kinds = {"versions": dict, "hardware": str, "precision": str | None, "processes": int | None}  # None: ensembles
+        whole = whole and all(isinstance(result.get(name), kind) for name, kind in kinds.items())
         whole = whole and bool(trained_on(result))
     except (KeyError, TypeError, ValueError, AttributeError):
         whole = False
@@ -99,8 +99,8 @@ def read_run(path: Path) -> FinishedRun:
 
 def _whole_scores(scores: dict[str, Any]) -> bool:
     """Whether those of one choice of epoch are numbers, and all there but for what older runs lack."""
-    temperatures, further = scores.get("temperatures", []), [*scores.get("scaled", {}).values()]
-    further += [scores[metric] for metric in FURTHER if metric in scores] + temperatures
+    further = [scores[metric] for metric in FURTHER if metric in scores]
+    further += [*scores["scaled"].values(), *scores["temperatures"]]
     return all(0 <= scores[metric] <= 1 for metric in PUBLISHED) and all(map(math.isfinite, further))
 
 
@@ -172,9 +172,9 @@ class Statistic(NamedTuple):
         return abs(self.mean - expected) > (SEED_NOISE[metric] if self.sd is None else 2 * self.sd)
 
 
-def fitted_temperature(scores: dict[str, Any]) -> float | None:
-    """The mean of those of the two halves of the test images; None where an older run has none."""
-    return statistics.fmean(scores["temperatures"]) if scores.get("temperatures") else None
+def fitted_temperature(scores: dict[str, Any]) -> float:
+    """The mean of those of the two halves of the test images."""
+    return statistics.fmean(scores["temperatures"])
 
 
 def number(metric: str, value: float, sign: str = "") -> str:
@@ -213,7 +213,8 @@ class Row:
     def unlike(self) -> list[str]:
         """Settings that are not the same in all runs, and `recipe` where its lines are not."""
         made = [
-            {**run.result["settings"], "recipe": (run.result.get("versions") or {}).get("recipe")} for run in self.runs
+            {**r["settings"], "precision": r.get("precision"), "recipe": r["versions"].get("recipe")}
+            for r in (run.result for run in self.runs)
         ]
         names = set().union(*made) - NOT_IDENTITY
         values = {name: {json.dumps(m[name]) for m in made if m.get(name) is not None} for name in names}
@@ -237,8 +238,7 @@ class Row:
     def values(self, choice: str, metric: str, scaled: bool = False) -> list[float] | None:
         """A metric over the seeds, raw or after temperature scaling; None unless every run has it."""
         scores = [run.result[choice] for run in self.runs]
-        scores = [score.get("scaled", {}) for score in scores] if scaled else scores
-        values = [score.get(metric) for score in scores]
+        values = [(score["scaled"] if scaled else score).get(metric) for score in scores]
         return None if None in values or not values else values
 
     def statistic(self, choice: str, metric: str, scaled: bool = False) -> Statistic | None:
@@ -246,9 +246,8 @@ class Row:
         return values and Statistic.of(values)
 
     def temperature(self, choice: str) -> Statistic | None:
-        """The fitted temperature over the seeds; None unless every run has one."""
-        values = [fitted_temperature(run.result[choice]) for run in self.runs]
-        return Statistic.of(values) if values and None not in values else None
+        """The fitted temperature over the seeds; None without runs."""
+        return Statistic.of([fitted_temperature(run.result[choice]) for run in self.runs]) if self.runs else None
 
     @property
     def held_out(self) -> dict[int, float]:
@@ -271,8 +270,8 @@ class Row:
 
     @property
     def as_its_protocol(self) -> bool:
-        """Whether there are runs, trained as their protocol says, but for images held out."""
-        return bool(self.runs) and not self.changes.keys() & HANDED_ON - {"val_size"}
+        """Whether there are runs, trained as their protocol says, but for images held out and precision."""
+        return bool(self.runs) and not self.changes.keys() & HANDED_ON - {"val_size", "precision"}
 
     @property
     def comparable(self) -> bool:

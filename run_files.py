@@ -98,7 +98,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout:
-        process, host, *_ = [*path.read_text().split("\n"), "?", "?"]
+        process, host, *_ = [*path.read_text().splitlines(), "?", "?"]
         print(f"process {process} on {host} is at work in {folder}: waiting for it")
         lock.acquire(poll_interval=0.5)
     try:

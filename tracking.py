@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+import data_parallel
 from calibration import CalibrationMetrics, calibration_metrics, reliability_diagram
 from command_line import EXIT_CODES, Interrupted
 from run_files import (
@@ -87,7 +88,7 @@ class Tracker:
         self.logged = 0  # epochs that W&B has
         self._advice = ""  # what to do if it is broken off
         self._thread: ThreadPoolExecutor | None = None
-        if mode != "disabled" and os.environ.get("RANK", "0") == "0":
+        if mode != "disabled" and data_parallel.rank() == 0:
             self._thread = ThreadPoolExecutor(1, "wandb")
             project = project or os.environ.get("WANDB_PROJECT") or PROJECT
             agent = {name: os.environ.get(name) for name in SWEEP} if sweep else {}
@@ -276,11 +277,9 @@ class Tracker:
         self.wandb_run.log(tables, step=step, commit=True)
         for name in CHOICES:
             if numbers := dict(result.get(name, {})):
-                numbers |= {f"scaled_{k}": v for k, v in numbers.get("scaled", {}).items()}
-                if fitted := numbers.pop("temperatures", None):  # older runs have none
-                    numbers["temperature"] = float(np.mean(fitted))  # W&B draws no lists
-                summary = {f"{name}/{k}": v for k, v in numbers.items() if k != "scaled"}
-                self.wandb_run.summary.update(summary)
+                numbers |= {f"scaled_{k}": v for k, v in numbers.pop("scaled").items()}
+                numbers["temperature"] = float(np.mean(numbers.pop("temperatures")))  # W&B draws no lists
+                self.wandb_run.summary.update({f"{name}/{k}": v for k, v in numbers.items()})
         self.wandb_run.log_artifact(self._artifact(self.folder, result))
 
     @staticmethod

@@ -44,8 +44,7 @@ def trained(cfg: Config, folder: Path) -> common.Run:
     """A `common.Run` with the images and the device of a finished run, to load and ask its model."""
     result = read_result(folder)
     about = {name: result[name] for name in ("protocol", "seed", "dataset")}
-    about |= {name: result["settings"].get(name) for name in ("train_size", "val_size")}
-    about |= {"image_size": result["settings"].get("image_size", 32)}
+    about |= {name: result["settings"][name] for name in ("train_size", "val_size", "image_size")}
     here = {"data_dir": cfg.data_dir, "results_dir": cfg.results_dir, "device": cfg.device}
     return common.Run(result["row"], common.Config(**about, **here))
 
@@ -117,7 +116,7 @@ def main(cfg: Config) -> int:
             without += 1
             continue
         found = calibration_metrics(probabilities, labels).scores
-        pairs = {metric: (said[metric], found[metric]) for metric in TITLES if metric in said}  # older ones lack NLL
+        pairs = {metric: (said[metric], found[metric]) for metric in TITLES}
         holds = all(abs(a - b) <= TOLERANCE[metric] for metric, (a, b) in pairs.items())
         cells = (f"{number(metric, a)} → {number(metric, b)}" for metric, (a, b) in pairs.items())
         print(f"{'/'.join(folder.parts[-3:]):45}" + "".join(f"{c:>19}" for c in cells) + "  differs" * (not holds))

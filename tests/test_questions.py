@@ -15,7 +15,7 @@ def runs(**scores: list[float]) -> list[FinishedRun]:
     """Finished runs of the seeds 0, 1, ...: `metric=[...]`, and `scaled_metric=[...]` for after scaling."""
     made = []
     for seed, values in enumerate(zip(*scores.values(), strict=True)):
-        last = dict(zip(scores, values, strict=True))
+        last = {"temperatures": [1.0, 1.0], **dict(zip(scores, values, strict=True))}
         last["scaled"] = {name[7:]: last.pop(name) for name in list(last) if name.startswith("scaled_")}
         result = {"row": "", "changes": {}, "seed": seed, "protocol": "short", "last": last}
         made.append(FinishedRun(result, [], [], ""))

@@ -46,7 +46,8 @@ def make_run(results, row, seed=0, changes=None, protocol="short", dataset="cifa
             del arrays[name]
     np.savez(folder / "probabilities.npz", **arrays)
     about = {"row": row, "protocol": protocol, "seed": seed, "dataset": dataset, "changes": changes}
-    about |= {"model": None, "sources": [], "classes": [], "fingerprint": "", "files": {}, "hardware": "abacus"}
+    about |= {"model": None, "sources": [], "classes": [], "fingerprint": "", "files": {}}
+    about |= {"hardware": "abacus", "processes": None, "versions": {}}
     about |= {"settings": {"epochs": 4, "train_size": None}}
     epochs = {"best": 3, "last": 4, "selected": 2}
     result = about | {name: {"epoch": epochs[name], **scores} for name, scores in scores_of_run(arrays).items()}
@@ -260,8 +261,8 @@ def test_terminal_fits_100_columns_and_says_what_the_files_say(results, capsys):
      lambda text: re.sub(r'"nll": [\d.]+', '"nll": "x"', text),
      lambda text: re.sub(r'"temperatures": \[[^]]+\]', '"temperatures": "x"', text),
      lambda text: re.sub(r'"scaled": \{[^}]+\}', '"scaled": [1]', text),
-     lambda text: text.replace('"abacus"', "5"), lambda text: text.replace('"abacus"', '"abacus", "versions": "x"'),
-     lambda text: text.replace('"abacus"', '"abacus", "processes": "x"')],
+     lambda text: text.replace('"abacus"', "5"), lambda text: text.replace('"versions": {}', '"versions": "x"'),
+     lambda text: text.replace('"processes": null', '"processes": "x"')],
 )  # fmt: skip
 def test_damaged_result_is_named_and_left_out(results, capsys, damage):
     file = results / "short" / "kd_cutmix" / "seed1" / "result.json"
@@ -314,11 +315,12 @@ def test_runs_of_a_row_that_were_not_made_alike_are_named(results, capsys):
         made = {
             "settings": settings | {"lr": lr, "compile": "auto"},
             "versions": {"recipe": f"{seed}", "commit": "c0ffee12+"},
+            "precision": ("fp32", "bf16")[seed],
         }
         file.write_text(json.dumps(json.loads(file.read_text()) | made))
     assert run(results) == 0
     for text in (capsys.readouterr().out, (results / "short" / "table.md").read_text()):
-        assert "Runs of one row were not made alike: `kd_cutmix` (lr, recipe)." in " ".join(text.split())
+        assert "Runs of one row were not made alike: `kd_cutmix` (lr, precision, recipe)." in " ".join(text.split())
         assert "commits None, c0ffee1+" in " ".join(text.split())
 
 
@@ -559,6 +561,18 @@ def test_where_runs_are_not_comparable_no_difference_to_the_published_is_taken(t
     assert run(tmp_path, check=True) == 0
 
 
+@pytest.mark.parametrize(
+    "changes", [{"precision": "fp32"}, {"val_size": 5000}, {"precision": "bf16", "val_size": 5000}]
+)
+def test_neither_precision_nor_images_held_out_make_a_row_incomparable(tmp_path, changes):
+    make_run(tmp_path, "kd_cutmix", changes=changes)
+    [row] = [row for row in rows_of(tmp_path) if row.runs]
+    assert row.difference("best", "accuracy")
+    make_run(tmp_path, "kd_cutmix", changes={**changes, "epochs": 60}, protocol="paper")
+    [row] = [row for row in rows_of(tmp_path, "paper") if row.runs]
+    assert row.published and not row.comparable
+
+
 def test_of_other_images_the_published_numbers_are_left_out(tmp_path, no_figures, capsys):
     make_run(tmp_path, "kd_cutmix", protocol="smoke", dataset="digits")
     run(tmp_path)
@@ -590,14 +604,13 @@ def test_runs_without_a_metric_that_was_added_since_are_named(results, monkeypat
     assert re.search(r"without further metrics \(.*kd_cutmix/seed0", capsys.readouterr().out)
 
 
-def test_recomputed_metrics_of_an_old_run_are_those_of_a_fresh_one(results, capsys):
+def test_recomputed_metrics_of_a_run_from_before_a_metric_are_those_of_a_fresh_one(results, capsys):
     folder = results / "short" / "kd_cutmix" / "seed0"
     fresh = (folder / "result.json").read_bytes(), (folder / "reliability.csv").read_bytes()
     (folder / "reliability.png").write_bytes(b"older")
     result = json.loads(fresh[0])
-    for choice in ("best", "last"):  # as runs were before there were further metrics
-        for name in ("ece_15", "adaptive_ece", "classwise_ece", "temperatures", "scaled"):
-            del result[choice][name]
+    for choice in ("best", "last"):
+        del result[choice]["ece_15"], result[choice]["scaled"]["ece_15"]
     (folder / "result.json").write_text(json.dumps(result, indent=2))
     (folder / "reliability.csv").unlink()
     assert run(results) == 0
@@ -773,11 +786,3 @@ def test_bins_of_few_images_show_by_their_bars_what_they_are_worth(tmp_path):
     assert list(curve.get_xdata()) == pytest.approx([0.605, 0.975])
     [dash] = [line for line in figures.accuracy_ece(rows).axes[0].lines if line.get_marker() == "_"]
     assert dash.get_ydata() == pytest.approx([rows[0].by_chance["ece"].mean])
-
-
-def test_facts_that_are_empty_in_a_result_are_left_out(tmp_path):
-    folder = make_run(tmp_path, "kd_cutmix")
-    result = json.loads((folder / "result.json").read_text())
-    result |= {"versions": None, "best": {**result["best"], "temperatures": []}}
-    (folder / "result.json").write_text(json.dumps(result))
-    assert run(tmp_path) == 0

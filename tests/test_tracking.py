@@ -23,6 +23,7 @@ from wandb.util import get_core_path
 from wandb_server import serve
 
 import common
+import data_parallel
 import tracking
 from calibration import calibration_metrics
 from command_line import Interrupted
@@ -266,7 +267,10 @@ def test_a_sweeps_run_is_the_agents_and_has_every_epoch(tmp_path, monkeypatch):
 def test_the_table_of_images_is_of_the_last_epoch_and_the_summary_of_all_that_are_reported(tmp_path):
     p, labels = predictions()
     np.savez(tmp_path / "probabilities.npz", best=p.flip(0), last=p, labels=labels)
-    choices = {name: {"epoch": 2, "accuracy": i / 10} for i, name in enumerate(("best", "last", "selected"))}
+    choices = {
+        name: {"epoch": 2, "accuracy": i / 10, "scaled": {"nll": i}, "temperatures": [i, 2 * i]}
+        for i, name in enumerate(("best", "last", "selected"))
+    }
     tracker = Tracker(tmp_path, mode="offline", epochs=2)
     tracker.finish({"row": "r", "protocol": "p", "seed": 0, "changes": {}, "model": "m", **choices}, list("abcd"))
     found = records(tmp_path)
@@ -274,6 +278,8 @@ def test_the_table_of_images_is_of_the_last_epoch_and_the_summary_of_all_that_ar
     assert [row[:2] for row in images] == [["abcd"[i], "abcd"[j]] for i, j in zip(labels, p.argmax(1), strict=True)]
     summary = {k: v for update in of("summary", found) for k, v in update["update"].items()}
     assert [summary[f"{name}/accuracy"] for name in choices] == [0, 0.1, 0.2]
+    assert [summary[f"{name}/scaled_nll"] for name in choices] == [0, 1, 2]
+    assert [summary[f"{name}/temperature"] for name in choices] == [0, 1.5, 3]
 
 
 @pytest.mark.parametrize("trouble", ["down", "slow", "refuses"])
@@ -379,7 +385,7 @@ def test_what_cannot_be_a_key_costs_a_warning(tmp_path, monkeypatch, capsys, mod
 
 
 def test_only_the_first_rank_talks(tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(data_parallel, "rank", lambda: 1)
     tracker = Tracker(tmp_path, mode="offline", epochs=1)
     tracker.log([line(1)], 1.0, *predictions())
     tracker.finish({}, [])

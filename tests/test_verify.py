@@ -66,8 +66,8 @@ def test_a_number_that_is_not_what_the_weights_say_is_named(metric, more, result
     assert [line.split("/")[1] for line in lines if "differs" in line] == ["student_ensemble"]
 
 
-def test_an_older_result_is_verified_by_what_it_has(results, capsys):
-    edit(results, "student_ensemble", lambda result: (result["last"].pop("nll"), result.pop("source_digests")))
+def test_an_older_result_does_without_digests_of_its_sources(results, capsys):
+    edit(results, "student_ensemble", lambda result: result.pop("source_digests"))
     status, lines = verified(results, capsys)
     assert status == 0 and lines[-1].startswith("4 of 4")
 
