@@ -92,9 +92,10 @@ def _save(figure: Figure, path: Path) -> list[str]:
 
 
 def _panels(rows: Sequence[Row], columns: int, height: float, plot: Callable[[Axes, Row], None]) -> Figure:
-    """One panel a row of the table, `height` inches each, axis labels on the outside only."""
-    columns = min(columns, len(rows))
+    """One panel a row of the table, at most `columns` side by side and `height` inches each, axis labels on the outside
+    only."""
     n_lines = -(-len(rows) // columns)
+    columns = -(-len(rows) // n_lines)  # lines about as full as one another
     width = WIDTH * max(columns, 2) / max(columns, 4)
     figure = Figure(figsize=(width, n_lines * height + 0.45), layout="constrained")
     panels = figure.subplots(n_lines, columns, sharex=True, sharey=True, squeeze=False)
@@ -109,7 +110,7 @@ def _panels(rows: Sequence[Row], columns: int, height: float, plot: Callable[[Ax
 
 
 def _legend_above(figure: Figure, handles: Sequence[Artist]) -> None:
-    columns = int(figure.get_figwidth() / 1.7)  # an entry's inches: few panels make a narrow figure
+    columns = int(figure.get_figwidth() / 1.4)  # an entry's inches: few panels make a narrow figure
     figure.legend(handles=handles, loc="outside upper center", ncols=min(columns, len(handles)))
 
 
@@ -127,8 +128,8 @@ def _pooled_bins(row: Row) -> np.ndarray:
 
 
 def reliability(rows: Sequence[Row]) -> Figure:
-    """Reliability diagrams (Guo et al., 2017, fig. 1) side by side: accuracy over confidence in 20 bins, with the
-    consistency bars of one run, for its seeds have the same test images."""
+    """Reliability diagrams (Guo et al., 2017, fig. 1) side by side: accuracy over confidence in 20 bins, pale where few
+    images are, with the consistency bars of one run, for its seeds have the same test images."""
 
     def plot(axes: Axes, row: Row) -> None:
         bins = _pooled_bins(row)
@@ -141,7 +142,10 @@ def reliability(rows: Sequence[Row]) -> Figure:
         gap = {"facecolor": "none", "edgecolor": RED, "hatch": "//////"}
         axes.bar(centers, confidence - accuracy, bottom=accuracy, **gap, **bar)
         of_one_run = np.ceil(count / len(row.runs))
-        axes.vlines(centers, *consistency_bars(of_one_run, confidence), color="0.1", linewidth=0.6)
+        strength = np.where(count < FEW * len(row.runs), 0.3, 1.0)
+        for patch, alpha in zip(axes.patches, np.tile(strength, 2), strict=True):
+            patch.set_alpha(alpha)
+        axes.vlines(centers, *consistency_bars(of_one_run, confidence), color="0.1", linewidth=0.6, alpha=strength)
         axes.plot([0, 1], [0, 1], "--", color="0.2", linewidth=0.8)
         axes.set_title(f"{row.row}\nECE {_mean_sd(row, 'ece')}\nOE {_mean_sd(row, 'oe')}")
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
@@ -152,11 +156,17 @@ def reliability(rows: Sequence[Row]) -> Figure:
     handles = [
         Patch(facecolor=PALE_BLUE, label="accuracy"),
         Patch(facecolor="none", edgecolor=RED, hatch="//////", label="gap to confidence"),
-        Line2D([], [], color="0.1", linewidth=0.6, label="95 % of calibrated models"),
+        Line2D([], [], color="0.1", linewidth=0.6, label="calibrated, 95 %"),
         Line2D([], [], color="0.2", linestyle="--", linewidth=0.8, label="perfect calibration"),
+        Patch(facecolor=PALE_BLUE, alpha=0.3, label=f"under {FEW} images a run"),
     ]
     _legend_above(figure, handles)
     return figure
+
+
+def _style(i: int) -> dict[str, str]:
+    """The mark of the i-th teacher, or of its student."""
+    return {"marker": "os^Dvx"[i % 6], "color": COLORS[i % 6]}
 
 
 def curves(rows: Sequence[Row]) -> Figure:
@@ -164,10 +174,11 @@ def curves(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(4.0, 4.9), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle=":", label="perfect calibration")
-    for i, row in enumerate(rows):
+    names = list(dict.fromkeys([*TAUGHT_BY.values(), *(row.row for row in rows)]))
+    for row in rows:
         count, correct, confident = _pooled_bins(row)
         filled = count >= FEW * len(row.runs)
-        style = {"marker": "os^Dvx"[i % 6], "color": COLORS[i % 6], "linestyle": LINES[i % 6]}
+        style = _style(names.index(row.row)) | {"linestyle": LINES[names.index(row.row) % 6]}
         label = f"{row.row}, ECE {_mean_sd(row, 'ece')}"
         x, y = confident[filled] / count[filled], correct[filled] / count[filled]
         axes.plot(x, y, **style, markersize=3, label=label, clip_on=False)
@@ -191,14 +202,16 @@ def temperatures(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(4.0, 4.6), layout="constrained")
     axes = figure.subplots()
     axes.axline((1, 1), slope=1, color="0.6", linewidth=0.8, linestyle=":", label="the same temperature")
-    if untaught := fitted.get("student_baseline"):
-        level = float(np.mean([*untaught.values()]))
+    if untaught := [*fitted.get("student_baseline", {}).values()]:
+        level = float(np.mean(untaught))
         axes.axhline(level, color="0.4", linewidth=0.8, linestyle="--", label=f"student_baseline, {level:.2f}")
+        axes.axhspan(min(untaught), max(untaught), color="0.92", linewidth=0)
+    axes.axhline(1, color="0.85", linewidth=0.8, zorder=0, label="calibrated")
+    axes.axvline(1, color="0.85", linewidth=0.8, zorder=0)
     for i, (student, teacher) in enumerate(TAUGHT_BY.items()):
         if seeds := fitted.get(student, {}).keys() & fitted.get(teacher, {}).keys():
             points = [(fitted[teacher][seed], fitted[student][seed]) for seed in sorted(seeds)]
-            style = {"marker": "os^Dv"[i], "color": COLORS[i], "linestyle": "", "markersize": 4, "alpha": 0.8}
-            axes.plot(*zip(*points, strict=True), **style, label=student)
+            axes.plot(*zip(*points, strict=True), **_style(i), linestyle="", markersize=4, alpha=0.8, label=student)
     axes.set(xlabel="Temperature that calibrates the teacher", ylabel="Temperature that calibrates its student")
     axes.set_aspect("equal", adjustable="datalim")
     axes.margins(0.1)

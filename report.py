@@ -143,12 +143,17 @@ more than 0.5 points of accuracy or 0.015 of ECE or OE. Even for the same epochs
 with two seeds, 23 % with three and 9 % with ten, because the published number is a single run too; *last* and shorter
 protocols differ by more than chance.
 """
+FIGURES = """\
+[Figures](figures) show reliability diagrams, the teachers' calibration curves, the temperatures that teachers and
+students need, accuracy against ECE, how confident each row is, and accuracy and ECE over the epochs.
+"""
 LEGEND = """\
-Mean ± standard deviation over the seeds. ECE and OE have 100 bins. *best* is the epoch with the best test accuracy, as
-published; *last* is the last epoch; *selected*, for runs with `--val-size`, is the best on held-out training images; an
-ensemble averages its members at the epoch of that name. *By chance* is what a perfectly calibrated model with the
-confidences of *best* would have on as many images, ± its standard deviation between test sets. Minutes: training and
-evaluation of one run, averaged over the seeds, each on the share of its machine that it had.
+Mean ± standard deviation over the seeds. ECE, the expected calibration error, and OE, the overconfidence error, have
+100 bins; lower is better. *best* is the epoch with the best test accuracy, as published; *last* is the last epoch;
+*selected*, for runs with `--val-size`, is the best on held-out training images; an ensemble averages its members at the
+epoch of that name. *By chance* is what a perfectly calibrated model with the confidences of *best* would have on as
+many images, ± its standard deviation between test sets. Minutes: training and evaluation of one run, averaged over the
+seeds, each on the share of its machine that it had.
 """
 
 
@@ -170,9 +175,7 @@ def notes(protocol: str, rows: Sequence[Row]) -> str:
     computed = [result for result in results if result.get("precision")] or results  # ensembles compute nothing
     training = " and ".join(sorted({trained_on(result) for result in results}))
     hardware = " and ".join(sorted({_computed_on(result) for result in computed}))
-    commits = [str(result["versions"].get("commit")) for result in results]
-    commits = sorted({commit[:7] + "+" * commit.endswith("+") for commit in commits})
-    text += f", {training}, run on {hardware}; commit{'s' * (len(commits) > 1)} {', '.join(commits)}."
+    text += f", {training}, run on {hardware}."
     if unlike := [f"`{row.label}` ({', '.join(row.unlike)})" for row in rows if row.unlike]:
         text += f" Runs of one row were not made alike: {'; '.join(unlike)}."
     if not any(row.comparable for row in rows):
@@ -180,18 +183,25 @@ def notes(protocol: str, rows: Sequence[Row]) -> str:
     return text
 
 
+def _commits(rows: Sequence[Row]) -> str:
+    """Of which the runs are; with a + where files had been changed since."""
+    found = {str(run.result["versions"].get("commit")) for row in rows for run in row.runs}
+    return f"Commits: {', '.join(sorted({commit[:7] + '+' * commit.endswith('+') for commit in found}))}."
+
+
 def markdown(protocol: str, rows: Sequence[Row], others: Sequence[Row], note: str = "") -> str:
     """The whole of table.md. `note` is what a person has to say of these runs."""
     legend = LEGEND + BRACKETS * any(row.comparable for row in rows)
-    parts = [f"# Results, protocol {protocol}", notes(protocol, rows or others), *filter(None, [note.strip()])]
-    parts += [markdown_main_table(rows or others), legend.strip()]
+    about = f"{notes(protocol, rows or others)} {_commits([*rows, *others])}"
+    parts = [f"# Results, protocol {protocol}", about, *filter(None, [note.strip()])]
+    parts += [markdown_main_table(rows or others), legend.strip(), FIGURES.strip()]
     parts += filter(None, [questions.markdown(rows) if rows else ""])
     if best := markdown_best_settings([*rows, *others]):
         parts += ["## Each row at its best settings", BEST_SETTINGS.strip(), best]
     parts += ["## Further metrics, before → after temperature scaling", markdown_further_table(rows or others)]
     parts.append(
         "The temperature of every second test image of a class is fitted by NLL on the others; for *selected* it is "
-        "fitted on the held-out images. Adaptive ECE and classwise ECE have 15 bins."
+        "fitted on the held-out images. Adaptive and classwise ECE have 15 bins; NLL is the negative log-likelihood."
     )
     if rows and others:
         parts += ["## Other runs", "Rows and settings that the published table does not have."]
@@ -340,7 +350,7 @@ class Report:
         return [
             f"{run.result['row']}/seed{run.result['seed']}"
             for run in self.runs
-            if not run.bins or not {"scaled", *FURTHER} <= run.result["best"].keys()
+            if not run.bins or not FURTHER.keys() <= run.result["best"].keys()
         ]
 
     def texts(self) -> dict[str, str]:

@@ -100,7 +100,7 @@ def read_run(path: Path) -> FinishedRun:
 def _whole_scores(scores: dict[str, Any]) -> bool:
     """Whether those of one choice of epoch are numbers, and all there but for what older runs lack."""
     further = [scores[metric] for metric in FURTHER if metric in scores]
-    further += [*scores["scaled"].values(), *scores["temperatures"]]
+    further += [*scores["scaled"].values(), fitted_temperature(scores)]
     return all(0 <= scores[metric] <= 1 for metric in PUBLISHED) and all(map(math.isfinite, further))
 
 
@@ -180,8 +180,8 @@ def fitted_temperature(scores: dict[str, Any]) -> float:
 def number(metric: str, value: float, sign: str = "") -> str:
     """A metric's value as text: accuracy in percent, temperatures and correlations to two decimals, others to four."""
     if metric == "accuracy":
-        return f"{100 * value:{sign}.2f}"
-    return f"{value:{sign}.{2 if metric in ('temperature', 'correlation') else 4}f}"
+        return f"{100 * value:{sign}z.2f}"
+    return f"{value:{sign}z.{2 if metric in ('temperature', 'correlation') else 4}f}"
 
 
 def plus_minus(metric: str, statistic: Statistic | None, sep: str = "±", sign: str = "") -> str:

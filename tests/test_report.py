@@ -319,9 +319,10 @@ def test_runs_of_a_row_that_were_not_made_alike_are_named(results, capsys):
         }
         file.write_text(json.dumps(json.loads(file.read_text()) | made))
     assert run(results) == 0
-    for text in (capsys.readouterr().out, (results / "short" / "table.md").read_text()):
+    printed, markdown = capsys.readouterr().out, (results / "short" / "table.md").read_text()
+    for text in (printed, markdown):
         assert "Runs of one row were not made alike: `kd_cutmix` (lr, precision, recipe)." in " ".join(text.split())
-        assert "commits None, c0ffee1+" in " ".join(text.split())
+    assert "Commits: None, c0ffee1+." in markdown
 
 
 def test_of_rows_of_ones_own_alone_the_published_table_is_left_out(tmp_path, capsys):
@@ -536,7 +537,7 @@ def test_a_table_with_held_out_images_is_a_table(tmp_path):
     assert (
         "2 of 16 rows are there, 4 epochs on all but 5,000 of cifar100, run on abacus, bf16 and abacus, bf16, 2" in text
     )
-    assert "2 processes; commit 0123456." in text
+    assert "2 processes. Commits: 0123456." in text
     assert "Does augmentation calibrate the teacher?" in text
     assert (tmp_path / "short" / "figures" / "reliability_teachers.png").is_file()
 
@@ -733,7 +734,8 @@ def test_a_students_temperature_is_drawn_over_its_teachers_seed_by_seed(tmp_path
     fitted = {name: [np.mean(run.result["last"]["temperatures"]) for run in row.runs] for name, row in rows.items()}
     shown = figures.taught(rows.values())
     assert [row.row for row in shown] == ["teacher_mixup", "kd_mixup", "student_baseline"]  # of kd_vanilla's none ran
-    diagonal, level, marks = figures.temperatures(shown).axes[0].lines
+    diagonal, level, *calibrated, marks = figures.temperatures(shown).axes[0].lines
+    assert [line.get_xydata().tolist() for line in calibrated] == [[[0, 1], [1, 1]], [[1, 0], [1, 1]]]
     assert diagonal.get_slope() == 1 and diagonal.get_xy1() == (1, 1)
     assert level.get_ydata() == pytest.approx([np.mean(fitted["student_baseline"])] * 2)
     assert marks.get_xydata() == pytest.approx(np.transpose([fitted["teacher_mixup"][:2], fitted["kd_mixup"]]))
