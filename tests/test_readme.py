@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from statistics import mean
@@ -16,6 +17,7 @@ from conftest import ROOT, run_row
 
 import common
 from calibration import calibration_metrics
+from run_files import HALF
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
@@ -102,6 +104,18 @@ def test_what_it_says_of_wandb():
     flags = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(common.TrainConfig)}
     used = set(re.findall(r"--wandb-(?!report)[a-z]+", section))
     assert {"--wandb-mode", "--wandb-charts", "--wandb-thumbnails"} <= used <= flags
+
+
+def test_git_adds_what_is_published_of_a_run_and_nothing_else():
+    """As results/README.md says."""
+    kept = {"result.json", "history.csv", "reliability.png", "reliability.csv", *HALF.values()}
+    folder = "results/short/kd_cutmix/seed0"
+    paths = "\n".join(f"{folder}/{name}" for name in (*kept, *HALF, "checkpoint.safetensors", "wandb/id"))
+    command = ["git", "check-ignore", "--no-index", "--stdin"]
+    done = subprocess.run(command, cwd=ROOT, input=paths, capture_output=True, text=True)
+    if done.returncode == 128:
+        pytest.skip("not in a git repository")
+    assert set(paths.splitlines()) - set(done.stdout.splitlines()) == {f"{folder}/{name}" for name in kept}
 
 
 def test_environment_installs_the_project_from_pyproject():
