@@ -171,7 +171,7 @@ def _style(i: int) -> dict[str, str]:
 
 def curves(rows: Sequence[Row]) -> Figure:
     """Accuracy over confidence in 20 bins, all rows in one panel: what W&B overlays from the table of bins."""
-    figure = Figure(figsize=(4.0, 4.9), layout="constrained")
+    figure = Figure(figsize=(4.0, 5.1), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle=":", label="perfect calibration")
     names = list(dict.fromkeys([*TAUGHT_BY.values(), *(row.row for row in rows)]))
