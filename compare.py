@@ -45,26 +45,23 @@ class Config:
     """auto takes an NVIDIA GPU if torch sees one"""
 
 
-def predictions(cfg: Config, folder: Path) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """A finished run's result, its softmax outputs for the test images at its last epoch, float (n, classes), and the
-    labels, int64 (n,): the outputs that it left or, without these, what its weights predict now.
+def predictions(cfg: Config, folder: Path, result: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """A finished run's softmax outputs for the test images at its last epoch, float (n, classes), and the labels, int64
+    (n,): the outputs that it left or, without these, what its weights predict now.
 
     Raises:
-        UserError: the folder has neither, or no result.
+        UserError: the folder has neither.
     """
-    if not (folder / "result.json").is_file():
-        raise UserError(f"{folder} is not the folder of a finished run: it has no result.json")
-    result = read_run(folder).result
     for file in (folder / "probabilities.npz", folder / HALF["probabilities.npz"]):
         arrays = load_probabilities(file) if file.is_file() else {}
         same = "best" in arrays and result["best"]["epoch"] == result["last"]["epoch"]
         if (p := arrays.get("last", arrays["best"] if same else None)) is not None:
-            return result, torch.from_numpy(p), torch.from_numpy(arrays["labels"]).long()
+            return torch.from_numpy(p), torch.from_numpy(arrays["labels"]).long()
     here = verify.Config(results_dir=folder.resolve().parents[2], data_dir=cfg.data_dir, device=cfg.device)
     p = verify.predict(here, folder)
     if p is None:
         raise UserError(f"{folder} has neither predictions of its last epoch nor weights: train it again")
-    return result, p, verify.trained(here, folder).data.test_labels.cpu()
+    return p, verify.trained(here, folder).data.test_labels.cpu()
 
 
 def statistics(p: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
@@ -122,8 +119,13 @@ def main(cfg: Config) -> int:
     """Compare as the settings say."""
     from scipy.stats import binomtest
 
-    (a, p, labels), (b, other, other_labels) = (predictions(cfg, folder) for folder in cfg.runs)
+    for folder in cfg.runs:
+        if not (folder / "result.json").is_file():
+            raise UserError(f"{folder} is not the folder of a finished run: it has no result.json")
+    a, b = (read_run(folder).result for folder in cfg.runs)
     images = [(r["dataset"], r["classes"], r["settings"]["image_size"]) for r in (a, b)]  # sorted by their pixels
+    if images[0] == images[1]:  # else before any is downloaded
+        (p, labels), (other, other_labels) = (predictions(cfg, *run) for run in zip(cfg.runs, (a, b), strict=True))
     if images[0] != images[1] or not torch.equal(labels, other_labels):
         raise UserError("the two runs were not tested on the same images")
     lines = []
