@@ -26,6 +26,7 @@ RESAMPLES = 1000
 METRICS = {
     "accuracy": "accuracy, %",
     "overconfidence": "confidence - accuracy",
+    "overconfidence_scaled": "confidence - accuracy, scaled",
     "nll": "NLL",
     "nll_scaled": "NLL, scaled",
     "ece_15": "ECE, 15 bins",
@@ -68,10 +69,12 @@ def statistics(p: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """The `METRICS` of predictions, (n, classes), and labels, (n,), each (resamples,), as float64.
 
     `weights` are those of the images, (resamples, n), each row summing to one. *Scaled* is by the one temperature that
-    all images have; resampled, the temperature itself is a Newton step from that one (`fit_temperature`: its derivative
-    in 1 / T; the second one is the variance of log p under q), and NaN where none can be fitted. The size of logits,
-    which softmax outputs know up to a constant for each image, is the root mean square of log p less its mean over the
-    classes: divided by the temperature it is the size that would be calibrated.
+    all images have. Resampled, the temperature itself is a Newton step from that one (`fit_temperature`: its derivative
+    in 1 / T; the second one is the variance of log p under q), and scaled confidence follows it to first order
+    (else its spread would be a third too wide); both are NaN where none can be fitted. NLL is least there and does not
+    move, and ECE hardly does. The size of logits, which softmax outputs know up to a constant for each
+    image, is the root mean square of log p less its mean over the classes: divided by the temperature it is the size
+    that would be calibrated.
     """
     temperature = fit_temperature(p, labels)
     p, q = (scale_temperature(p, t) for t in (1.0, temperature))  # in float64, without a 0
@@ -79,17 +82,19 @@ def statistics(p: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
     target = logits.gather(1, labels[:, None]).squeeze(1)
     mean = (q * logits).sum(1)
     variance = (q * logits.square()).sum(1) - mean.square()
-    found = {"accuracy": weights @ right, "overconfidence": weights @ (p.max(1).values - right)}
-    found |= {"logits": (weights @ logits.var(1, correction=0)).sqrt()}
-    found["temperature"] = 1 / (1 / temperature - (weights @ (mean - target)) / (weights @ variance))
+    step = (weights @ (target - mean)) / (weights @ variance)  # of 1 / T
     if temperature == 1:  # no minimum, from which a step would mean something
-        found["temperature"] = torch.full_like(found["temperature"], math.nan)
+        step = torch.full_like(step, math.nan)
+    found = {"accuracy": weights @ right, "temperature": 1 / (1 / temperature + step)}
+    found |= {"logits": (weights @ logits.var(1, correction=0)).sqrt()}
     for name, probabilities in {"": p, "_scaled": q}.items():
         confidence = probabilities.max(1).values
+        found[f"overconfidence{name}"] = weights @ (confidence - right)
         bins = torch.bucketize(confidence, torch.arange(1, 15, dtype=torch.float64) / 15)
         gaps = torch.nn.functional.one_hot(bins, 15) * (confidence - right)[:, None]
         found[f"ece_15{name}"] = (weights @ gaps).abs().sum(1)
         found[f"nll{name}"] = -weights @ probabilities.gather(1, labels[:, None]).squeeze(1).log()
+    found["overconfidence_scaled"] += step * (weights @ (q.max(1).values * (logits.max(1).values - mean)))
     return found
 
 
@@ -146,6 +151,8 @@ def main(cfg: Config) -> int:
         "± is 1.96 standard deviations over resampled test images, for these two models; report.py compares seeds.\n"
         f"By chance, calibrated models with these confidences have an ECE in 15 bins of {by_chance(p, labels)} and "
         f"{by_chance(other, labels)} (one standard deviation).\n"
+        "So the ECE of a run near chance is too high, and its distance from a higher one too small: how far apart two "
+        "runs are is told by confidence - accuracy.\n"
         "Scaled: each run by the temperature fitted on all images. Size of logits / temperature: the calibrated size."
     )
     return 0

@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 
 import compare
 import verify
-from calibration import calibration_scores, fit_temperature
+from calibration import calibration_metrics, calibration_scores, fit_temperature, scale_temperature
 from run_files import HALF, UserError, save_log_probabilities
 
 
@@ -56,6 +56,12 @@ def test_a_resample_has_the_metrics_of_its_images():
     change = fit_temperature(p[draw], labels[draw]) - fit_temperature(p, labels)
     assert abs(change) > 0.01  # so that a Newton step is seen to follow it
     assert found["temperature"].item() - fit_temperature(p, labels) == pytest.approx(change, rel=0.1)
+    fixed, refitted = (
+        scale_temperature(p[draw], fit_temperature(*on)).max(1).values.mean() - scores["accuracy"]
+        for on in ((p, labels), (p[draw], labels[draw]))
+    )
+    assert abs(refitted - fixed) > 0.005
+    assert found["overconfidence_scaled"].item() - fixed == pytest.approx((refitted - fixed).item(), rel=0.1)
 
 
 def test_the_spread_of_accuracy_is_that_of_paired_images():
@@ -77,7 +83,7 @@ def test_the_spread_of_accuracy_is_that_of_paired_images():
 def test_chance_is_what_labels_drawn_from_the_predictions_make():
     p, labels = outputs(0.3)
     generator = torch.Generator().manual_seed(4)
-    eces = [calibration_scores(p, torch.multinomial(p, 1, generator=generator)[:, 0])["ece_15"] for _ in range(200)]
+    eces = [calibration_metrics(p, torch.multinomial(p, 1, generator=generator)[:, 0], 15).ece for _ in range(200)]
     mean, deviation = (float(word) for word in compare.by_chance(p, labels).split(" ± "))
     assert (mean, deviation) == pytest.approx((statistics.mean(eces), statistics.stdev(eces)), rel=0.1)
 
@@ -138,9 +144,11 @@ def test_where_no_temperature_can_be_fitted_none_is_named(runs, capsys):
     wrong = (arrays["labels"] + 1) % 10  # worse than chance
     arrays["last"] = np.where(np.arange(10) == wrong[:, None], 0.19, 0.09).astype(np.float32)
     np.savez(runs[0] / "probabilities.npz", **arrays)
-    [line] = [line for line in compared(runs, capsys).splitlines() if line.startswith("| temperature |")]
-    ours, theirs, difference = (cell.strip() for cell in line.split("|")[2:5])
-    assert ours == difference == "none fits" and float(theirs.split()[0]) > 0
+    lines = compared(runs, capsys).splitlines()
+    for title, bound in (("temperature", 0), ("confidence - accuracy, scaled", -1)):
+        [line] = [line for line in lines if line.startswith(f"| {title} |")]
+        ours, theirs, difference = (cell.strip() for cell in line.split("|")[2:5])
+        assert ours == difference == "none fits" and float(theirs.split()[0]) > bound
 
 
 def test_what_cannot_be_compared_is_said_in_a_line(runs, capsys):
