@@ -117,6 +117,8 @@ class CutMix(Mixup):
 class Mix(Standard):
     """Standard augmentation, then timm's `Mixup`: images paired within the batch, soft targets (B, num_classes).
 
+    Of an odd number of images the last is left out.
+
     Args:
         num_classes: width of the targets.
         mixup_alpha: MixUp (Zhang et al., 2018), lambda ~ Beta(alpha, alpha), one a batch. 0 switches it off.
@@ -138,7 +140,7 @@ class Mix(Standard):
             self.mixup.mixup_enabled = mixup_alpha > 0
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        even = len(images) // 2 * 2  # timm pairs images; where an epoch's last batch is odd, one sits out
+        even = len(images) // 2 * 2
         return self.mixup(*super().__call__(images[:even], labels[:even]))
 
 
@@ -149,7 +151,7 @@ class CutOut(Standard):
     in an image padded by the hole less one pixel, since it keeps its rectangles inside; without its loop over pixels.
 
     Args:
-        size: side of the hole, as a fraction of the image (16 of 32 pixels).
+        size: side of the hole, as a fraction of the image's height (16 of 32 pixels).
     """
 
     def __init__(self, size: float = 0.5):
@@ -176,7 +178,7 @@ class AugMix(Standard):
     timm's `JsdCrossEntropy` expects them; labels stay (B,).
 
     Args:
-        severity: largest level of an operation, out of 10.
+        severity: largest level of an operation, from 0.1 to 10.
         backend: `batched` is tensor code on the images' device, `timm` goes through PIL, an image at a time. They
             agree but for rounding, and draw from other generators.
     """
@@ -185,7 +187,7 @@ class AugMix(Standard):
 
     def __init__(self, severity: float = 3.0, backend: Literal["batched", "timm"] = "batched"):
         super().__init__()
-        self.augmix = (BatchedAugMix if backend == "batched" else TimmAugMix)(severity)
+        self.augmix = {"batched": BatchedAugMix, "timm": TimmAugMix}[backend](severity)
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         clean = self.warp(images, *self.draw(images))

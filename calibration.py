@@ -21,7 +21,8 @@ MAX_TEMPERATURE = 1000.0  # and its inverse: no fit is looked for beyond
 
 @dataclass(frozen=True)
 class CalibrationMetrics:
-    """What `calibration_metrics` returns. Fractions and nats; the bins are float64 (n_bins,) on the CPU."""
+    """What `calibration_metrics` returns. Fractions and nats; the bins are (n_bins,) on the CPU, float64 but for their
+    count."""
 
     accuracy: float
     ece: float
@@ -94,7 +95,7 @@ def calibration_metrics(
         raise ValueError(f"n_bins must be at least 1, got {n_bins}")
 
     confidence, prediction = p.max(1)
-    confidence, correct = confidence.double(), (prediction == labels).double()
+    confidence, correct = confidence.double().clamp(max=1), (prediction == labels).double()
     p_label = p.gather(1, labels[:, None]).squeeze(1).double()
     sum_of_squares = torch.linalg.vector_norm(p, dim=1, dtype=torch.float64).square()
     edges = torch.arange(1, n_bins, dtype=torch.float64) / n_bins
@@ -142,32 +143,28 @@ def _checked(probabilities: Tensor | np.ndarray, labels: Tensor | np.ndarray) ->
     return p, labels
 
 
-def adaptive_ece(probabilities: Tensor, labels: Tensor, n_bins: int = 15) -> float:
+def adaptive_ece(probabilities: Tensor | np.ndarray, labels: Tensor | np.ndarray, n_bins: int = 15) -> float:
     """ECE over bins that hold equally many images: sum_b n_b / n * |a_b - c_b| as in `calibration_metrics`.
 
     The edges are the quantiles of the confidence (Nguyen & O'Connor, 2015; "AdaECE" of Mukhoti et al., 2020, sec. 2).
-    Equal confidences stay in one bin, so that the order of the images makes no difference.
-
-    Args:
-        probabilities: float (n, classes).
-        labels: int64 (n,).
+    Equal confidences stay in one bin, so that the order of the images makes no difference. Arguments and errors are
+    those of `calibration_metrics`.
     """
+    probabilities, labels = _checked(probabilities, labels)
     confidence, prediction = probabilities.double().max(1)
     edges = confidence.quantile(torch.arange(1, n_bins, dtype=torch.float64) / n_bins)
     gap = torch.bincount(torch.bucketize(confidence, edges), confidence - (prediction == labels).double())
     return gap.abs().sum().item() / len(labels)  # the sum of a bin's gaps is n_b (c_b - a_b)
 
 
-def classwise_ece(probabilities: Tensor, labels: Tensor, n_bins: int = 15) -> float:
+def classwise_ece(probabilities: Tensor | np.ndarray, labels: Tensor | np.ndarray, n_bins: int = 15) -> float:
     """Classwise ECE (Kull et al., 2019, eq. 2; "static calibration error" of Nixon et al., 2019, eq. 3).
 
     1 / K * sum_k sum_b n_bk / n * |share of class k - mean p_k|, over the n_bk images whose p_k falls into bin b of
     M bins of equal width over (0, 1]. Unlike ECE it looks at every class's probability, not the largest one's alone.
-
-    Args:
-        probabilities: float (n, classes).
-        labels: int64 (n,).
+    Arguments and errors are those of `calibration_metrics`.
     """
+    probabilities, labels = _checked(probabilities, labels)
     n, classes = probabilities.shape
     p = probabilities.double()
     edges = torch.arange(1, n_bins, dtype=torch.float64) / n_bins
@@ -177,7 +174,7 @@ def classwise_ece(probabilities: Tensor, labels: Tensor, n_bins: int = 15) -> fl
     return (found - expected).abs().sum().item() / (n * classes)
 
 
-def fit_temperature(probabilities: Tensor, labels: Tensor) -> float:
+def fit_temperature(probabilities: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> float:
     """The temperature T of softmax(log p / T) with the least NLL (Guo et al., 2017, sec. 4.2), from 0.001 to 1000.
 
     It is 1, which changes nothing, where the NLL has no minimum there: where every image is classified right, for which
@@ -189,12 +186,12 @@ def fit_temperature(probabilities: Tensor, labels: Tensor) -> float:
 
         d NLL / d(1 / T) = mean of (sum_k q_k log p_k - log p_label),  q = softmax(log p / T)
 
-    Args:
-        probabilities: float (n, classes); a probability of 0 counts as the smallest normal number of its dtype.
-        labels: int64 (n,).
+    Arguments and errors are those of `calibration_metrics`; a probability of 0 counts as the smallest normal number of
+    its dtype.
     """
     from scipy.optimize import brentq
 
+    probabilities, labels = _checked(probabilities, labels)
     logits = _log(probabilities)
     target = logits.gather(1, labels[:, None]).mean().item()
     scaled, q = torch.empty_like(logits), torch.empty_like(logits)  # reused: fresh memory costs more than the sums
@@ -211,7 +208,13 @@ def fit_temperature(probabilities: Tensor, labels: Tensor) -> float:
 
 
 def scale_temperature(probabilities: Tensor, temperature: float) -> Tensor:
-    """softmax(log p / temperature), float64 of the shape given: p^(1 / T), normalised."""
+    """softmax(log p / temperature), float64 of the shape given: p^(1 / T), normalised.
+
+    Raises:
+        ValueError: the temperature is not above 0.
+    """
+    if not temperature > 0:
+        raise ValueError(f"want a temperature above 0, got {temperature}")
     return _log(probabilities).div_(temperature).softmax(1)
 
 
@@ -243,7 +246,7 @@ def calibration_scores(
     """
     probabilities, labels = _checked(probabilities, labels)
     if validation:
-        temperatures = [fit_temperature(*_checked(*validation))]
+        temperatures = [fit_temperature(*validation)]
         scaled = scale_temperature(probabilities, *temperatures)
     else:
         order = labels.argsort(stable=True)

@@ -25,7 +25,10 @@ NAMES = ("checkpoint.safetensors", "checkpoint.previous.safetensors")
 def save(folder: Path, state: dict[str, Any]) -> None:
     """Write `state`, a nested dict of tensors and of what JSON holds; the checkpoint so far becomes the previous one.
 
-    Keys are strings without a slash. Tensors come back on the CPU and contiguous.
+    Tensors come back on the CPU and contiguous.
+
+    Raises:
+        ValueError: a key has a slash.
     """
     tensors, rest = _split(state)
     text = json.dumps(rest)
@@ -61,6 +64,7 @@ def load(folder: Path) -> dict[str, Any] | None:
 
 
 def remove(folder: Path) -> None:
+    """Delete both files."""
     for name in reversed(NAMES):  # killed in between, nobody goes on from the one before
         (folder / name).unlink(missing_ok=True)
 
@@ -86,6 +90,8 @@ def _split(tree: dict[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], d
     """The tensors of a nested dict by their path in it, and the rest of it."""
     tensors, rest = {}, {}
     for key, value in tree.items():
+        if "/" in key:
+            raise ValueError(f"a name in a checkpoint, as of a model's layer, has no slash: {key!r}")
         if isinstance(value, Tensor):  # a copy: two names may share one tensor, which the format refuses
             tensors[prefix + key] = value.detach().cpu().contiguous().clone()
         elif isinstance(value, dict):

@@ -237,6 +237,7 @@ class Run:
 
     @property
     def num_classes(self) -> int:
+        """How many the dataset has."""
         return len(self.data.classes)
 
     # What a recipe calls ---------------------------------------------------------------------------------
@@ -752,6 +753,11 @@ class Run:
                     )
 
     def load_model(self, file: Path) -> nn.Module:
+        """The model of a finished run with these weights of it, on this run's device.
+
+        Raises:
+            UserError: the weights are damaged, or not the model's.
+        """
         result = read_result(file.parent)
         name = result["model"]
         with suppress(UserError):

@@ -19,11 +19,16 @@ def errors_by_chance(count: Sequence[float], confidence: Sequence[float]) -> np.
     is taken to lie on either side.
 
     Args:
-        count, confidence: images and their mean confidence in each bin, (n_bins,); at least one image.
+        count, confidence: images, a whole number, and their mean confidence in each bin, (n_bins,).
+
+    Raises:
+        ValueError: no images, a part of one, or a confidence that is not from 0 to 1.
     """
     from scipy.stats import binom
 
     n, c = np.asarray(count, float), np.asarray(confidence, float)
+    if not (n.sum() > 0 and (n >= 0).all() and (n % 1 == 0).all() and (c >= 0).all() and (c <= 1).all()):
+        raise ValueError(f"want whole numbers of images, not all 0, and confidences from 0 to 1, got {n} and {c}")
     k = np.floor(n * c) + 1
     deviation, variance = 2 * k * (1 - c) * binom.pmf(k, n, c), n * c * (1 - c)
     ece = deviation.sum(), (variance - deviation**2).sum() ** 0.5
@@ -36,7 +41,7 @@ def consistency_bars(count: Sequence[float], confidence: Sequence[float]) -> tup
     test sets, or somewhat more, since right answers come in whole numbers.
 
     Args:
-        count, confidence: as in `errors_by_chance`; whole numbers of images, none of them 0.
+        count, confidence: as in `errors_by_chance`, without empty bins.
     """
     from scipy.stats import binom
 

@@ -51,6 +51,7 @@ def join(device: str) -> torch.device:
 
 
 def leave() -> None:
+    """End this process's part in the group, where there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -51,6 +51,7 @@ class Dataset:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
+        """Images and labels for training and testing and, where there are any, those held out."""
         held_out = () if self.val_images is None else (self.val_images, self.val_labels)
         return self.train_images, self.train_labels, self.test_images, self.test_labels, *held_out
 
@@ -64,6 +65,7 @@ class Dataset:
         return digest.hexdigest()
 
     def to(self, device: torch.device) -> "Dataset":
+        """The same dataset, on that device."""
         return Dataset(self.classes, *(tensor.to(device) for tensor in self.tensors))
 
     def train_subset(self, size: int) -> "Dataset":
@@ -238,7 +240,7 @@ def read_image(file: str | Path, size: int) -> Tensor:
             if image.mode[0] in "IF":  # what is above 255 would become white
                 raise ValueError(f"its pixels are of mode {image.mode}: convert it to 8 bits a channel")
             image = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL raises each of them
+    except Exception as error:  # PIL raises many kinds, of EXIF data struct.error and TypeError too
         raise UserError(f"cannot read the image {file}: {error}: replace it, or take it away") from None
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)

@@ -3,7 +3,7 @@
 A single teacher's distillation is timm's own `LogitDistillationTask`.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -81,13 +81,22 @@ class EnsembleDistillationTask(LogitDistillationTask):
 
     Where T is large beside the logits, as 50 is, T^2 KL_k is |z - z_k|^2 / 2K of centred logits (ibid., eq. 4): the
     student is drawn to the logits of its teacher, or to the mean of theirs, and takes over how large they are.
+
+    Further settings are those of timm's task.
+
+    Raises:
+        ValueError: no such reduction.
     """
 
     def __init__(self, student_model: nn.Module, teacher_model: Teacher, reduction: Reduction, **kwargs):
+        if reduction not in get_args(Reduction):
+            raise ValueError(f"want a reduction of {', '.join(get_args(Reduction))}, got {reduction!r}")
         super().__init__(student_model, teacher_model, **kwargs)
         self.reduction = reduction
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Images (B, 3, H, W) and labels (B,) to the student's logits, (B, K), its loss and the loss's two parts before
+        their weights, scalars in nats."""
         output = self.trainable_module(input)
         task_loss = self.criterion(output, target)
         with torch.no_grad():
@@ -109,6 +118,8 @@ class JsdTask(ClassificationTask):
     """timm's `ClassificationTask` with its `JsdCrossEntropy`, which returns that loss's two parts as well."""
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Images (3B, 3, H, W) and labels (B,) to logits, (3B, K), the loss and its parts before their weights, scalars
+        in nats."""
         result = super().forward(input, target)
         with torch.no_grad():
             clean = result["output"][: len(target)]

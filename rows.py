@@ -173,7 +173,7 @@ class Statistic(NamedTuple):
 
 
 def fitted_temperature(scores: dict[str, Any]) -> float:
-    """The mean of those of the two halves of the test images."""
+    """The mean of those of the two halves of the test images, or the one of the held-out images."""
     return statistics.fmean(scores["temperatures"])
 
 

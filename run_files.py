@@ -110,13 +110,15 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def save_weights(path: Path, weights: "dict[str, Tensor]") -> None:
+    """Write a model's weights as safetensors; of a tensor that has two names, a copy under either."""
     import safetensors.torch
 
     with atomic_write(path) as file:
-        file.write(safetensors.torch.save({name: tensor.contiguous() for name, tensor in weights.items()}))
+        file.write(safetensors.torch.save({name: tensor.contiguous().clone() for name, tensor in weights.items()}))
 
 
 def sha256(path: Path) -> str:
+    """A file's SHA-256, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

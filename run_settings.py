@@ -130,6 +130,9 @@ def resolve(cfg: Config) -> Config:
     def bounds(hint) -> Iterator[tuple[str, Callable[[Any], bool]]]:
         if len(getattr(hint, "__metadata__", ())) == 2:
             yield hint.__metadata__
+        if typing.get_origin(hint) is Literal:  # which only a command line is held to
+            choices = typing.get_args(hint)
+            yield f"one of {', '.join(map(str, choices))}", choices.__contains__
         for part in typing.get_args(hint):
             yield from bounds(part)
 

@@ -138,7 +138,7 @@ class Trainer:
             self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter.detach()).copy_(tensor)
 
     def is_finite(self) -> bool:
-        """Whether all weights and running statistics are."""
+        """Whether the norm of all weights and running statistics is."""
         tensors = [tensor for tensor in self.model.state_dict().values() if tensor.is_floating_point()]
         return bool(nn.utils.get_total_norm(tensors).isfinite())
 

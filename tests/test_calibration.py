@@ -122,6 +122,11 @@ def test_wrong_input_is_named(p, labels, message):
         calibration_metrics(np.array(p), np.array(labels))
 
 
+def test_of_rows_that_sum_to_more_by_rounding_no_confidence_is_above_1():
+    bins = calibration_metrics(np.array([[1.0005, 0.0], [0.0, 1.0009]]), np.arange(2))
+    assert bins.ece == 0 and not errors_by_chance(bins.bin_count, bins.bin_confidence).any()
+
+
 def test_no_bins():
     with pytest.raises(ValueError, match="n_bins"):
         calibration_metrics(np.eye(2), np.arange(2), n_bins=0)

@@ -184,6 +184,16 @@ def test_scores_of_run_takes_what_the_file_holds(predicted, tmp_path):
     assert scores["selected"] == calibration_scores(p, labels, other)
 
 
-def test_bad_probabilities_are_refused(predicted):
+@pytest.mark.parametrize("metric", [calibration_scores, adaptive_ece, classwise_ece, fit_temperature])
+def test_bad_probabilities_are_refused(metric, predicted):
+    p, labels = predicted
     with pytest.raises(ValueError, match="sum to one"):
-        calibration_scores(predicted[0] * 2, predicted[1])
+        metric(p * 2, labels)
+    with pytest.raises(ValueError, match=r"got \(1000, 10\) and \(999,\)"):
+        metric(p, labels[1:])
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_a_temperature_is_above_0(temperature, predicted):
+    with pytest.raises(ValueError, match="want a temperature above 0, got "):
+        scale_temperature(predicted[0], temperature)

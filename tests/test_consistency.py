@@ -13,8 +13,7 @@ from calibration import calibration_metrics
 from consistency import consistency_bars, errors_by_chance
 
 
-@pytest.mark.parametrize("n_bins", [15, 100])
-@pytest.mark.parametrize("n", [100, 10_000])
+@pytest.mark.parametrize(("n", "n_bins"), [(100, 15), (10_000, 100)])
 def test_errors_by_chance_are_those_of_simulated_calibrated_models(n, n_bins):
     rng = np.random.default_rng(0)
     p = torch.from_numpy(rng.dirichlet(np.full(10, 0.2), n))
@@ -39,6 +38,12 @@ def test_errors_by_chance_are_sums_over_all_outcomes():
         variance += (p @ (k - n * c) ** 2 - (p @ abs(k - n * c)) ** 2) / 43**2
     found = errors_by_chance(count, confidence)
     assert found[:, 0] == pytest.approx([ece, oe]) and found[0, 1] == pytest.approx(variance**0.5)
+
+
+@pytest.mark.parametrize("bins", [([], []), ([0, 0], [0, 0]), ([2.5], [0.5]), ([-1, 3], [0.5, 0.5]), ([3], [1.01])])
+def test_what_are_no_bins_of_images_is_refused(bins):
+    with pytest.raises(ValueError, match="want whole numbers of images, not all 0, and confidences from 0 to 1"):
+        errors_by_chance(*bins)
 
 
 def test_of_models_that_are_always_sure_nothing_is_left_to_chance():

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import run_row
-from PIL import EpsImagePlugin
+from PIL import EpsImagePlugin, Image
 
 import checkpoint
 import common
@@ -233,6 +233,23 @@ def test_readers_of_mutated_files_raise_nothing_but_our_own_error(name, finished
             assert "\n" not in str(error)
             refused += 1
     assert refused > count / 4
+
+
+@pytest.mark.filterwarnings("ignore")  # PIL's, of what it reads all the same
+def test_a_photo_with_damaged_exif_data_is_read_or_named(tmp_path):
+    """PIL lets errors of any kind through when it rewrites the data of a photo that it turns."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x011A] = 6, "maker", (72, 1)
+    whole, random_, file = exif.tobytes(), random.Random(0), tmp_path / "photo.png"
+    for _ in range(600):
+        damaged = bytearray(whole)
+        for _ in range(2):
+            damaged[random_.randrange(6, len(damaged))] = random_.randrange(256)
+        Image.new("RGB", (4, 4)).save(file, exif=bytes(damaged))
+        try:
+            read_image(file, 4)
+        except UserError as error:
+            assert str(file) in str(error)
 
 
 def test_an_image_that_is_a_program_is_not_run(tmp_path, monkeypatch):

@@ -110,6 +110,7 @@ configs = st.fixed_dictionaries({}, optional=VALUES).map(lambda chosen: CONFIG(*
 @given(configs)
 def test_settings_survive_json(cfg):
     stored = json.loads(json.dumps(common.settings(cfg)))
+    assert stored.keys() == {field.name for field in dataclasses.fields(cfg)}
     tuples = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
     assert {name: str(getattr(cfg, name)) for name in tuples} == {name: str(value) for name, value in tuples.items()}
     assert common.settings(CONFIG(**{n: HINTS[n](v) if n.endswith("_dir") else v for n, v in tuples.items()})) == stored

@@ -251,6 +251,21 @@ WRONG = [
 
 
 @pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"protocol": "fast"}, "--protocol must be one of paper, short, .*, not fast"),
+        ({"dataset": "cifar10"}, "--dataset must be one of cifar100, digits, folder, not cifar10"),
+        ({"precision": "fp16"}, "--precision must be one of .*, not fp16"),
+        ({"compile": "on"}, "--compile must be one of .*, not on"),
+        ({"lr": 0.0}, "--lr must be greater than 0"),
+    ],
+)
+def test_settings_are_held_to_their_bounds_in_python_too(setting, message):
+    with pytest.raises(UserError, match=message):
+        common.resolve(common.TrainConfig(**{"protocol": "smoke", **setting}))
+
+
+@pytest.mark.parametrize(
     ("row", "arguments", "message"), WRONG, ids=[f"{row} {arguments}" for row, arguments, _ in WRONG]
 )
 def test_wrong_arguments_end_in_one_line_and_exit_code_2(row, arguments, message, tmp_path, monkeypatch, capsys):

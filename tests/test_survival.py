@@ -211,6 +211,8 @@ def test_checkpoints_hold_nested_states_exactly(tmp_path):
     (tmp_path / checkpoint.NAMES[0]).unlink()
     assert checkpoint.load(tmp_path)["none"] is None
     checkpoint.remove(tmp_path)
+    with pytest.raises(ValueError, match="has no slash: 'w/x'"):
+        checkpoint.save(tmp_path, {"a": {"w/x": shared}})
     assert not list(tmp_path.iterdir())
 
 
@@ -379,13 +381,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "weight, message",
+    "tensors, value, message",
     [
-        (math.inf, "the weights are no longer finite at step 3 of epoch 2, .*the checkpoint of epoch 1 is still good"),
-        (1e15, "the model's outputs are no longer finite: try a smaller --lr"),
+        ("parameters", math.inf, "the weights are no longer finite at step 3 of epoch 2, .* of epoch 1 is still good"),
+        ("buffers", math.inf, "the weights are no longer finite at step 3 of epoch 2, .* of epoch 1 is still good"),
+        ("parameters", 1e15, "the model's outputs are no longer finite: try a smaller --lr"),
     ],
 )
-def test_a_model_that_is_not_finite_is_never_saved(weight, message, tmp_path, monkeypatch):
+def test_a_model_that_is_not_finite_is_never_saved(tensors, value, message, tmp_path, monkeypatch):
     folder = killed_run(tmp_path, monkeypatch, epoch=2)
     before = (folder / checkpoint.NAMES[0]).read_bytes()
     real, steps = common.Trainer.step, []
@@ -394,8 +397,9 @@ def test_a_model_that_is_not_finite_is_never_saved(weight, message, tmp_path, mo
         loss = real(trainer, *batch)
         steps.append(loss)
         if len(steps) == 3:  # after the last loss of epoch 2
-            for weights in trainer.model.parameters():
-                weights.data.fill_(weight)
+            for tensor in getattr(trainer.model, tensors)():
+                if tensor.is_floating_point():
+                    tensor.data.fill_(value)
         return loss
 
     monkeypatch.setattr(common.Trainer, "step", step)
