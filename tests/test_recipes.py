@@ -112,7 +112,7 @@ def test_row(row, results):
 
 
 def test_teachers_were_shared(results):
-    """15 trained or evaluated rows and no run twice: one folder a row, all of the same seed and data."""
+    """16 trained or evaluated rows and no run twice: one folder a row, all of the same seed and data."""
     folders = sorted(path.parent for path in results.rglob("result.json"))
     assert sorted(folder.parent.name for folder in folders) == ROWS
     assert len({json.loads((folder / "result.json").read_text())["fingerprint"] for folder in folders}) == 1
