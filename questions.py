@@ -34,6 +34,7 @@ class Question(NamedTuple):
 ACCURACY = Comparison("accuracy, points", "accuracy")
 ECE = Comparison("ECE", "ece")
 ECE_SCALED = Comparison("ECE, 15 bins, both scaled", "ece_15", scaled=True, than_scaled=True)
+NLL_SCALED = Comparison("NLL, both scaled", "nll", scaled=True, than_scaled=True)
 ECE_THAN_SCALED = Comparison("ECE, 15 bins, `student_baseline` scaled", "ece_15", than_scaled=True)
 
 TAUGHT_BY = {
@@ -57,7 +58,7 @@ QUESTIONS = (
     ),
     Question(
         "Is a taught student better than the untaught one with one temperature fitted to it?",
-        (*TAUGHT_BY, *OF_SEVERAL), "student_baseline", (ACCURACY, ECE_THAN_SCALED, ECE_SCALED),
+        (*TAUGHT_BY, *OF_SEVERAL), "student_baseline", (ACCURACY, ECE_THAN_SCALED, ECE_SCALED, NLL_SCALED),
     ),
     Question("Are four calibrated teachers better than the plain one?", OF_SEVERAL, "kd_vanilla", (ACCURACY, ECE)),
     Question(

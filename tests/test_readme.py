@@ -135,7 +135,9 @@ def test_typed_numbers_are_those_of_the_runs_that_their_lines_link_to():
         "ECE, scaled": lambda last: last["scaled"]["ece"],
         "ECE, 15 bins, scaled": lambda last: last["scaled"]["ece_15"],
         "NLL, scaled": lambda last: last["scaled"]["nll"],
-        "size of logits": None,  # of compare.py
+        "size of logits": None,  # of compare.py, as the next two
+        "confidence - accuracy": None,
+        "confidence - accuracy, scaled": None,
     }
     checked = 0
     for table in re.findall(r"^(?:\|.*\n)+", (ROOT / "results" / "README.md").read_text(), re.MULTILINE):
