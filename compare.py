@@ -70,11 +70,11 @@ def statistics(p: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
 
     `weights` are those of the images, (resamples, n), each row summing to one. *Scaled* is by the one temperature that
     all images have. Resampled, the temperature itself is a Newton step from that one (`fit_temperature`: its derivative
-    in 1 / T; the second one is the variance of log p under q), and scaled confidence follows it to first order
-    (else its spread would be a third too wide); both are NaN where none can be fitted. NLL is least there and does not
-    move, and ECE hardly does. The size of logits, which softmax outputs know up to a constant for each
-    image, is the root mean square of log p less its mean over the classes: divided by the temperature it is the size
-    that would be calibrated.
+    in 1 / T; the second one is the variance of log p under q), and scaled confidence follows it to first order (else
+    its spread would be a third too wide); both are NaN where none can be fitted. NLL is least there and does not move,
+    and ECE hardly does. The size of logits, which softmax outputs know up to a constant for each image, is the root
+    mean square of log p less its mean over the classes: divided by the temperature it is the size that would be
+    calibrated.
     """
     temperature = fit_temperature(p, labels)
     p, q = (scale_temperature(p, t) for t in (1.0, temperature))  # in float64, without a 0
