@@ -151,8 +151,8 @@ def main(cfg: Config) -> int:
         "± is 1.96 standard deviations over resampled test images, for these two models; report.py compares seeds.\n"
         f"By chance, calibrated models with these confidences have an ECE in 15 bins of {by_chance(p, labels)} and "
         f"{by_chance(other, labels)} (one standard deviation).\n"
-        "So the ECE of a run near chance is too high, and its distance from a higher one too small: how far apart two "
-        "runs are is told by confidence - accuracy.\n"
+        "So the ECE of a run near chance is too high, and its distance from a higher one too small. Confidence minus "
+        "accuracy has no such floor, but in it bins that err either way cancel.\n"
         "Scaled: each run by the temperature fitted on all images. Size of logits / temperature: the calibrated size."
     )
     return 0
