@@ -1,4 +1,4 @@
-"""The README's commands, its own row and its table, as a stranger would use them; the tables of results/README.md."""
+"""The README's commands, its own row and its table, as a stranger would use them; the tables and links in results/."""
 
 import dataclasses
 import importlib.util
@@ -25,6 +25,9 @@ COMMANDS = [
     for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     for line in block.splitlines()
 ]
+
+
+PAGES = [path.relative_to(ROOT) for pages in ("*.md", "docs/*.md", "results/**/*.md") for path in ROOT.glob(pages)]
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +98,18 @@ def test_files_and_modules_that_it_names_exist():
         assert f"`{name}`" in table
 
 
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text()):
+        file, _, heading = link.partition("#")
+        if not file.startswith("https:"):
+            target = (ROOT / page).parent / file if file else ROOT / page
+            assert target.exists(), link
+            if heading:
+                titles = re.findall(r"^#+ (.*)", target.read_text().lower(), re.MULTILINE)
+                assert heading in [re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in titles], link
+
+
 def test_what_it_says_of_wandb():
     section = re.search(r"## Weights & Biases\n(.*?)\n## ", README, re.DOTALL)[1]
     for name in re.findall(r"`(\w+\.yaml)`", section):
@@ -124,7 +139,7 @@ def test_environment_installs_the_project_from_pyproject():
 
 
 def test_typed_numbers_are_those_of_the_runs_that_their_lines_link_to():
-    """In results/README.md, at the last epoch."""
+    """On the protocols' pages, at the last epoch."""
     columns = {
         "accuracy, %": lambda last: 100 * last["accuracy"],
         "ECE": lambda last: last["ece"],
@@ -140,13 +155,14 @@ def test_typed_numbers_are_those_of_the_runs_that_their_lines_link_to():
         "confidence - accuracy, scaled": None,
     }
     checked = 0
-    for table in re.findall(r"^(?:\|.*\n)+", (ROOT / "results" / "README.md").read_text(), re.MULTILINE):
-        header, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-        for link, *cells in lines:
-            if file := re.search(r"\((\S+/result\.json)\)$", link):
-                last = json.loads((ROOT / "results" / file[1]).read_text())["last"]
-                for name, cell in zip(header[1:], cells, strict=True):
-                    if number := columns[name]:
-                        assert f"{number(last):.{len(cell.partition('.')[2])}f}" == cell, f"{name} of {link}"
-                        checked += 1
+    for page in ROOT.glob("results/*/README.md"):
+        for table in re.findall(r"^(?:\|.*\n)+", page.read_text(), re.MULTILINE):
+            header, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+            for link, *cells in lines:
+                if file := re.search(r"\((\S+/result\.json)\)$", link):
+                    last = json.loads((page.parent / file[1]).read_text())["last"]
+                    for name, cell in zip(header[1:], cells, strict=True):
+                        if number := columns[name]:
+                            assert f"{number(last):.{len(cell.partition('.')[2])}f}" == cell, f"{name} of {link}"
+                            checked += 1
     assert checked > 50
