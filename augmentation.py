@@ -20,9 +20,9 @@ from cifar_models import CIFAR_MEAN, CIFAR_STD
 
 
 def normalize(images: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) -> float32 with CIFAR's mean and standard deviation taken out."""
+    """uint8 (B, 3, H, W), or floats up to 255 -> float32 with CIFAR's mean and standard deviation taken out."""
     mean, std = _mean_std(images.device)
-    return images.float().div_(255).sub_(mean).div_(std)
+    return images.to(torch.float32, copy=True).div_(255).sub_(mean).div_(std)
 
 
 @functools.cache

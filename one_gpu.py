@@ -5,11 +5,11 @@ that GPU alone. A place is a lock on a file, which the kernel takes back however
 command simply runs.
 """
 
+import argparse
 import fcntl
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -56,4 +56,13 @@ def main(jobs_per_gpu: int, command: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
+    parser.add_argument("jobs_per_gpu", type=int, help="how many commands may share a GPU")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="what is run, with its arguments")
+    words = parser.parse_args()
+    if words.jobs_per_gpu < 1 or not words.command:
+        parser.error("it takes a number from 1, of commands that may share a GPU, and a command")
+    try:
+        main(words.jobs_per_gpu, words.command)
+    except OSError as error:  # no such command, or a folder of locks that is somebody else's
+        parser.error(f"{error.filename or words.command[0]}: {error.strerror}")

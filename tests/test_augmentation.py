@@ -50,6 +50,9 @@ def test_normalize():
         :, None, None
     ]
     np.testing.assert_allclose(common.normalize(images), expected, atol=1e-5)
+    floats = images.float()
+    np.testing.assert_allclose(common.normalize(floats), expected, atol=1e-5)
+    assert floats.equal(images.float())  # not overwritten
 
 
 @pytest.mark.parametrize(

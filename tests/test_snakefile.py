@@ -311,6 +311,26 @@ def test_without_a_gpu_the_command_simply_runs(monkeypatch):
     assert subprocess.run(words, capture_output=True, text=True).stdout == "ran\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ([], "required: jobs_per_gpu"),
+        (["1"], "and a command"),
+        (["0", "true"], "a number from 1"),
+        (["two", "true"], "invalid int value: 'two'"),
+        (["1", "no-such-command"], "no-such-command: No such file"),
+        (["1", "true"], "gpus-.*: File exists"),
+    ],
+)
+def test_bad_words_are_refused_in_a_line(words, reason, tmp_path):
+    (tmp_path / f"gpus-{os.getuid()}-7").touch()
+    gpu = "0" if words == ["1", "true"] else "-1"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "SLURM_JOB_ID": "7", "TMPDIR": str(tmp_path)}
+    command = [sys.executable, ROOT / "one_gpu.py", *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and re.search(rf"^one_gpu.py: error: .*{reason}", done.stderr.splitlines()[-1])
+
+
 def test_a_place_that_somebody_else_made_a_link_is_refused(tmp_path):
     (tmp_path / "0-0").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError):
