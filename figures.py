@@ -189,7 +189,7 @@ def curves(rows: Sequence[Row]) -> Figure:
 
 
 def taught(rows: Sequence[Row]) -> list[Row]:
-    """The five pairs of teacher and student, as far as both have temperatures, and the untaught student; or nothing."""
+    """The five pairs of teacher and student, as far as both have temperatures, and the baseline student; or nothing."""
     found = {row.row: row for row in rows if row.temperature("last")}
     pairs = [(teacher, student) for student, teacher in TAUGHT_BY.items() if {teacher, student} <= found.keys()]
     return [found[name] for pair in (*pairs, ("student_baseline",)) for name in pair if name in found] if pairs else []
@@ -197,15 +197,15 @@ def taught(rows: Sequence[Row]) -> list[Row]:
 
 def temperatures(rows: Sequence[Row]) -> Figure:
     """The temperature that each student needs over that which its teacher does, a mark for each seed: on the diagonal
-    where calibration is passed on, on the level of the untaught student where it is not."""
+    where calibration is passed on, on the level of the baseline student where it is not."""
     fitted = {row.row: {run.result["seed"]: fitted_temperature(run.result["last"]) for run in row.runs} for row in rows}
     figure = Figure(figsize=(4.0, 4.6), layout="constrained")
     axes = figure.subplots()
     axes.axline((1, 1), slope=1, color="0.6", linewidth=0.8, linestyle=":", label="the same temperature")
-    if untaught := [*fitted.get("student_baseline", {}).values()]:
-        level = float(np.mean(untaught))
+    if baseline := [*fitted.get("student_baseline", {}).values()]:
+        level = float(np.mean(baseline))
         axes.axhline(level, color="0.4", linewidth=0.8, linestyle="--", label=f"student_baseline, {level:.2f}")
-        axes.axhspan(min(untaught), max(untaught), color="0.92", linewidth=0)
+        axes.axhspan(min(baseline), max(baseline), color="0.92", linewidth=0)
     axes.axhline(1, color="0.85", linewidth=0.8, zorder=0, label="calibrated")
     axes.axvline(1, color="0.85", linewidth=0.8, zorder=0)
     for i, (student, teacher) in enumerate(TAUGHT_BY.items()):

@@ -57,7 +57,7 @@ QUESTIONS = (
         PASSING, CALIBRATED, "kd_vanilla", (ECE, ECE_SCALED),
     ),
     Question(
-        "Is a taught student better than the untaught one with one temperature fitted to it?",
+        "Is a distilled student better than the baseline student with one temperature fitted to it?",
         (*TAUGHT_BY, *OF_SEVERAL), "student_baseline", (ACCURACY, ECE_THAN_SCALED, ECE_SCALED, NLL_SCALED),
     ),
     Question("Are four calibrated teachers better than the plain one?", OF_SEVERAL, "kd_vanilla", (ACCURACY, ECE)),
@@ -197,7 +197,7 @@ def _answer(question: Question, rows: dict[str, Row]) -> Iterator[str]:
 
 
 def _side_by_side(rows: dict[str, Row]) -> Iterator[str]:
-    """Teachers and the students that each of them taught alone, below them the untaught one; how their order agrees."""
+    """Each teacher beside the student that it alone taught, below them the baseline student; how their order agrees."""
 
     def cells(row: Row) -> list[str]:
         found = {"accuracy": row.statistic("last", "accuracy"), "temperature": row.temperature("last")}

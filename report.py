@@ -151,9 +151,9 @@ LEGEND = """\
 Mean ± standard deviation over the seeds. ECE, the expected calibration error, and OE, the overconfidence error, have
 100 bins; lower is better. *best* is the epoch with the best test accuracy, as published; *last* is the last epoch;
 *selected*, for runs with `--val-size`, is the best on held-out training images; an ensemble averages its members at the
-epoch of that name. *By chance* is what a perfectly calibrated model with the confidences of *best* would have on as
-many images, ± its standard deviation between test sets. Minutes: training and evaluation of one run, averaged over the
-seeds, each on the share of its machine that it had.
+epoch of that name. *By chance*: the ECE or OE of a perfectly calibrated model with the confidences of *best*, on as
+many test images, ± its standard deviation between test sets. Minutes: training and evaluation of one run, mean over the
+seeds, on whatever share of a machine each run had.
 """
 
 

@@ -110,7 +110,7 @@ def test_the_four_ensembles_are_one_objective_under_two_weights(batch, temperatu
 
 
 def test_a_loss_times_c_trains_as_the_loss_at_c_times_the_learning_rate_and_1_over_c_of_the_decay(batch):
-    """So the labels of taught students have a fifth of the untaught one's step: results/README.md has what it does."""
+    """So labels have a fifth of the baseline student's step in distillation: results/brief/ has the effect."""
     x, labels = batch[0].double(), batch[1]
     initial, teacher = Linear().double(), common.Teacher(Linear().double())
 
