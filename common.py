@@ -2,9 +2,7 @@
 
 A recipe (`recipes/<row>.py`) says what is trained and on what objective. This module knows how: it puts the images on
 the device, augments whole batches there, trains, evaluates after every epoch, and leaves a folder of results that the
-same command resumes, reprints or builds upon. Parts with a life of their own are modules beside it, named for what they
-are: `run_settings`, `cifar_models`, `image_data`, `augmentation`, `objectives`, `training`, `data_parallel`,
-`teacher_outputs`, `calibration`, `consistency`, `tracking`, `checkpoint`, `run_files`, `command_line`.
+same command resumes, reprints or builds upon.
 """
 
 import bisect
@@ -728,8 +726,8 @@ class Run:
         digest = sha256(file)
         if digest != result["files"].get(file.name):
             raise UserError(
-                f"{file} is damaged, for it is not what result.json describes: delete it, and --teacher-from train "
-                f"trains {result['row']} again where it is named as a row"
+                f"{file} is damaged: its SHA-256 is not that in result.json; delete it, and if {result['row']} is "
+                "named as a row, --teacher-from train trains it again"
             )
         return digest
 
@@ -747,8 +745,8 @@ class Run:
             with suppress(OSError, UserError):  # one that is not here, as an artifact, cannot be asked
                 if digest not in read_result(Path(source))["files"].values():
                     print(
-                        f"warning: {source} is not what it was when {self.row} was made of it: start {self.row} over "
-                        "with --overwrite",
+                        f"warning: {source} has changed since {self.row} was made from it: start {self.row} over with "
+                        "--overwrite",
                         file=sys.stderr,
                     )
 

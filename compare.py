@@ -1,8 +1,8 @@
 """Tell whether two runs differ by more than the choice of test images explains.
 
-The images that both runs predicted at their last epoch are resampled 1,000 times, for both at once (paired bootstrap):
-± is 1.96 standard deviations of a run's value or of the difference, the first run minus the second. It is about these
-two models; report.py tells how far another seed would move either.
+The test images are resampled 1,000 times, the same for both runs (paired bootstrap), with the predictions of the last
+epoch: ± is 1.96 standard deviations of a run's value, or of the difference (first run minus second). This holds for
+these two trained models only; report.py compares rows over several seeds.
 """
 
 import math
@@ -151,9 +151,9 @@ def main(cfg: Config) -> int:
         "± is 1.96 standard deviations over resampled test images, for these two models; report.py compares seeds.\n"
         f"By chance, calibrated models with these confidences have an ECE in 15 bins of {by_chance(p, labels)} and "
         f"{by_chance(other, labels)} (one standard deviation).\n"
-        "So the ECE of a run near chance is too high, and its distance from a higher one too small. Confidence minus "
-        "accuracy has no such floor, but in it bins that err either way cancel.\n"
-        "Scaled: each run by the temperature fitted on all images. Size of logits / temperature: the calibrated size."
+        "An ECE near these values is biased upwards, and its difference from a higher ECE too small. Confidence minus "
+        "accuracy has no such bias, but over- and underconfident bins cancel in it.\n"
+        "Scaled: by the temperature fitted on all test images. Size of logits / temperature: the size if calibrated."
     )
     return 0
 

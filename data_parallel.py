@@ -1,9 +1,10 @@
 """One run by several processes: what `torchrun --nproc-per-node N recipes/<row>.py` starts.
 
 Every process draws the same order of the images and the same augmentation of the whole batch, then trains on its share
-of it. So the run is the same one however many processes it has: the same global batches, the same learning rate, every
+of it. So the run does not depend on the number of processes: the same global batches, the same learning rate, every
 image once an epoch, MixUp's and CutMix's partners from the whole batch, and a checkpoint that any number of processes
-goes on from. What it costs is that each process augments all the images, which takes a few hundredths of a step.
+resumes from. (On CPUs, which have no synchronised batch norm, each process normalises by its own share.) The cost: each
+process augments all the images, which takes a few hundredths of a step.
 
 Outside torchrun there is one process, rank 0, and every function here does nothing.
 """

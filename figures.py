@@ -1,6 +1,7 @@
-"""The figures of a report: PNG and SVG, seeds aggregated, told apart by shape and lightness and so legible in grey.
+"""The figures of a report, PNG and SVG. Shape and lightness tell rows apart, so they are legible in grey; seeds are
+combined, except in `temperatures`.
 
-They are the same to the byte wherever the same versions draw them: no dates, no random names.
+The same versions draw the same bytes everywhere: no dates, no random names.
 """
 
 from collections.abc import Callable, Sequence

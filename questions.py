@@ -45,8 +45,8 @@ TAUGHT_BY = {
     "kd_augmix": "teacher_augmix",
 }
 CALIBRATED = tuple(TAUGHT_BY)[1:]
-ORDERS = {"temperature": "temperature", "ece": "ECE, which does not tell too much confidence from too little"}
-PASSING = "Does its calibration pass to a student that never sees the augmentation?"
+ORDERS = {"temperature": "temperature", "ece": "ECE, which is the same for too much confidence and too little"}
+PASSING = "Does a teacher's calibration pass to a student that never sees the augmentation?"
 OF_SEVERAL = ("kd_ensemble_add_loss", "kd_ensemble_avg_loss", "kd_ensemble_avg_softmax")
 QUESTIONS = (
     Question(
@@ -60,24 +60,24 @@ QUESTIONS = (
         "Is a distilled student better than the baseline student with one temperature fitted to it?",
         (*TAUGHT_BY, *OF_SEVERAL), "student_baseline", (ACCURACY, ECE_THAN_SCALED, ECE_SCALED, NLL_SCALED),
     ),
-    Question("Are four calibrated teachers better than the plain one?", OF_SEVERAL, "kd_vanilla", (ACCURACY, ECE)),
+    Question("Are four augmented teachers better than the plain one?", OF_SEVERAL, "kd_vanilla", (ACCURACY, ECE)),
     Question(
-        "Averaged softmaxes and averaged losses have the same gradient: what does rounding alone make of it?",
+        "Averaged softmaxes and averaged losses have the same gradient: how far does rounding move them apart?",
         ("kd_ensemble_avg_softmax",), "kd_ensemble_avg_loss", (ACCURACY, ECE, ECE_SCALED),
-        "The two rows are one training: where one of them is bold above and the other is not, that is chance.",
+        "The two rows are one training, computed in two ways: where only one is bold above, that is chance.",
     ),
     Question("Is the mean of five teachers better?", ("teacher_ensemble",), "teacher_baseline", (ACCURACY, ECE)),
     Question("Is the mean of five students better?", ("student_ensemble",), "kd_vanilla", (ACCURACY, ECE)),
 )  # fmt: skip
 
 INTRODUCTION = """\
-Differences between rows of the same seed at the last epoch, mean ± standard deviation over the seeds. In bold where a
-t-test has p < 0.05: by chance alone two to five in a hundred, if all rows are equally noisy; of a row that is two or
-three times as noisy as the others, up to one in five. How far seeds are apart is told from all rows of a column
-together, for one row's two or three seeds may happen to be alike; it takes two seeds of three rows or three of one, and
-with fewer nothing is bold. All seeds share the test images, so bold speaks of these: on others a small difference may
-come out differently. *Scaled* is after temperature scaling, in the 15 bins of Guo et al. (2017), for in 100 chance
-hides what little it leaves. Lower ECE is better."""
+Differences between rows with the same seed, at the last epoch: mean ± standard deviation over the seeds. Bold means
+p < 0.05 in a t-test. If all rows are equally noisy, 2 to 5 % of differences that are really zero are bold by chance; of
+a row that is two or three times as noisy as the others, up to 20 %. The noise between seeds is estimated from all rows
+of a column together, because the two or three seeds of one row may be alike by chance. This needs two seeds of three
+rows, or three of one; with fewer, nothing is bold. All seeds share the test images, so bold holds for these images: on
+others, a small difference may come out differently. *Scaled*: after temperature scaling, with the 15 bins of Guo et al.
+(2017), because with 100 bins chance hides the small errors that remain. Lower ECE is better."""
 
 
 def _by_seed(row: Row, metric: str, scaled: bool = False) -> dict[int, float]:
@@ -189,7 +189,7 @@ def _answer(question: Question, rows: dict[str, Row]) -> Iterator[str]:
     yield f"### {question.text}"
     yield markdown_table(header, lines)
     if unseen:
-        yield f"Published, but not clear at our last epoch: {'; '.join(unseen)}."
+        yield f"Published, but not reproduced at our last epoch: {'; '.join(unseen)}."
     if question.remark:
         yield question.remark
     if question.text == PASSING:
@@ -208,7 +208,7 @@ def _side_by_side(rows: dict[str, Row]) -> Iterator[str]:
     if lines and rows["student_baseline"].runs:
         lines.append(["none", "", "", *cells(rows["student_baseline"])])
     if lines:
-        yield "The temperature that would calibrate each, above 1 where it is too confident:"
+        yield "The temperature that calibrates each model (above 1: it is overconfident):"
         numbers = ["accuracy, %", "temperature"]
         yield markdown_table(["teacher", *numbers, "its student", *numbers], lines)
     found = []
@@ -219,6 +219,6 @@ def _side_by_side(rows: dict[str, Row]) -> Iterator[str]:
             found[-1] += "" if theirs is None else f" (published: {number('correlation', theirs)})"
     if found:
         yield (
-            "Spearman's rank correlation of the five teachers and their students, where 1 is the same order, "
+            "Spearman's rank correlation between the five teachers and their students (1: the same order), "
             f"{'; '.join(found)}."
         )

@@ -1,8 +1,8 @@
 """Turn results/ into tables, figures and answers.
 
-Every finished run of a protocol goes into results/<protocol>/table.md and table.csv, results/<protocol>/figures/ and
-the terminal; the table with the most rows (among equals, the longest trained) goes into README.md, between its two
-markers. If there is a results/<protocol>/note.md on a protocol's runs, table.md begins with it.
+Every finished run of a protocol goes into results/<protocol>/table.md, table.csv and the terminal; runs with the
+table's own settings go into results/<protocol>/figures/ too. Of the tables on CIFAR-100, the one with the most rows
+(then the longest training) goes into README.md, between its two markers. table.md includes results/<protocol>/note.md.
 """
 
 import json
@@ -51,7 +51,7 @@ class Config:
     recompute: bool = False
     """first recompute the metrics in every run's result.json from its probabilities.npz"""
     check: bool = False
-    """write nothing; name the rows whose table, figure or README.md is older than their results, and exit with 1"""
+    """write nothing; name rows whose tables, figures or README.md are out of date, and exit with 1 if there are any"""
     readme: Path | None = None
     """file whose table is refreshed; by default README.md, and only for the repository's own results"""
     wandb: str | None = None
@@ -132,10 +132,10 @@ def markdown_best_settings(rows: Sequence[Row]) -> str:
 
 
 BEST_SETTINGS = """\
-Of the settings that were tried with `--val-size`, those of each row that were right on most held-out images, over the
-seeds that all its settings have; the other numbers are those on the test images, which chose nothing, at the *selected*
-epoch. Rows of which equally many were tried compare: a loss times a number trains as that many times the learning rate,
-so at one rate for all, rows differ in their steps too.
+For each row, the settings that had the best accuracy on held-out images, of those tried with `--val-size`, over the
+seeds that all its settings have. The other numbers are on the test images, which chose nothing, at the *selected*
+epoch. Compare only rows with equally many settings tried. Multiplying a loss by a number acts like multiplying the
+learning rate by it, so at one learning rate for all, rows also differ in step size.
 """
 BRACKETS = """\
 In brackets: ours minus the published number, in bold where that is more than two standard deviations or, with one seed,
@@ -150,10 +150,10 @@ students need, accuracy against ECE, how confident each row is, and accuracy and
 LEGEND = """\
 Mean ± standard deviation over the seeds. ECE, the expected calibration error, and OE, the overconfidence error, have
 100 bins; lower is better. *best* is the epoch with the best test accuracy, as published; *last* is the last epoch;
-*selected*, for runs with `--val-size`, is the best on held-out training images; an ensemble averages its members at the
-epoch of that name. *By chance*: the ECE or OE of a perfectly calibrated model with the confidences of *best*, on as
-many test images, ± its standard deviation between test sets. Minutes: training and evaluation of one run, mean over the
-seeds, on whatever share of a machine each run had.
+*selected*, for runs with `--val-size`, is the best on held-out training images; an ensemble averages its members'
+predictions, each at its own epoch of that name. *By chance*: the ECE or OE of a perfectly calibrated model with the
+confidences of *best*, on as many test images, ± its standard deviation between test sets. Minutes: training and
+evaluation of one run, mean over the seeds; not comparable if runs shared machines.
 """
 
 
@@ -200,8 +200,9 @@ def markdown(protocol: str, rows: Sequence[Row], others: Sequence[Row], note: st
         parts += ["## Each row at its best settings", BEST_SETTINGS.strip(), best]
     parts += ["## Further metrics, before → after temperature scaling", markdown_further_table(rows or others)]
     parts.append(
-        "The temperature of every second test image of a class is fitted by NLL on the others; for *selected* it is "
-        "fitted on the held-out images. Adaptive and classwise ECE have 15 bins; NLL is the negative log-likelihood."
+        "Each half of the test images (stratified) is scaled by the temperature with the lowest NLL on the other; "
+        "*selected* by that of the held-out images. Adaptive and classwise ECE have 15 bins; NLL is the negative "
+        "log-likelihood."
     )
     if rows and others:
         parts += ["## Other runs", "Rows and settings that the published table does not have."]

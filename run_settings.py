@@ -88,12 +88,12 @@ class Config:
     deterministic: bool = False
     """make a GPU give the same bits every time, as a CPU does; slower"""
     teacher_from: Literal["results", "train"] = "results"
-    """how to get a teacher or member that is not trained yet: results takes the half-precision weights published under
-    results/, if there are any; train runs its recipe"""
+    """how to get a teacher or member that is not trained yet: results takes the repository's half-precision files, or
+    runs its recipe if none fit; train always runs its recipe"""
     share_teachers: bool = False
-    """cache the teachers' logits of every view in results/teacher_outputs/ for all students of one seed and batch size:
-    same bits (on a GPU with --deterministic) in less time, for 20 MB per epoch and teacher on CIFAR-100. Not used by
-    students with augmentations or tasks of their own, nor by one run on several GPUs"""
+    """save the teachers' logits in <results-dir>/teacher_outputs/ for all students with the same seed and batch size:
+    saves time, gives the same bits (on a GPU with --deterministic), takes 20 MB per epoch and teacher on CIFAR-100.
+    Used only with the standard augmentation, the table's distillation tasks and one process"""
     wandb_project: ProjectName | None = None
     """Weights & Biases project, if not WANDB_PROJECT or calibrated-distillation; the entity is WANDB_ENTITY"""
     wandb_charts: Count = 10
@@ -117,7 +117,7 @@ class TrainConfig(Config):
     weight_decay: NonNegative = 5e-4
     """L2 penalty"""
     compile: Compile = "auto"
-    """mode of torch.compile; auto compiles if the run is long enough to win the minutes back"""
+    """mode of torch.compile; auto compiles long runs, but not bf16 on a CPU or several processes"""
 
 
 def resolve(cfg: Config) -> Config:

@@ -1,7 +1,7 @@
-"""Weights & Biases as the notebook of a run: never in its way.
+"""Logs a run to Weights & Biases, without ever stopping or delaying the training.
 
-A thread of its own talks to W&B, in the order of the calls, so that neither a slow server nor the drawing of a diagram
-keeps a device waiting. Whatever goes wrong there costs a warning and the rest of the notes, never the run.
+A separate thread makes all calls to W&B, in their order, so neither a slow server nor drawing a diagram keeps the
+device waiting. If something fails there, a warning is printed and the rest is not logged; the run goes on.
 """
 
 import io

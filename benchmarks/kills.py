@@ -32,11 +32,11 @@ class Config:
     kills: common.Count = 50
     """how often the row is killed"""
     row: str = "kd_cutmix"
-    """which row; its teacher is killed as well"""
+    """which row; its teacher's training is killed too"""
     epochs: common.Count = 8
-    """of 96 digits; a row that is finished with kills left is started over"""
+    """epochs of 96 digits; if kills are left at the end, another run starts"""
     seed: int = 0
-    """decides the moments"""
+    """seed of the random moments"""
 
 
 def start(cfg: Config, folder: Path) -> int:

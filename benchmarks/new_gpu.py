@@ -1,12 +1,12 @@
-"""Is a GPU that the kit has not seen right, and how is it fastest? To be asked before the first long run.
+"""Does a GPU that is new to the kit compute correctly, and which settings are fastest? Run this before a long run.
 
     python benchmarks/new_gpu.py --data-dir data
 
-Each answer is printed as soon as it is known, so that a time limit costs only the rest, and an error only its row (and
-an exit status of 1), unless it costs the process its GPU, as a kernel's own does. Asked are: whether views and models
-are the CPU's; losses in float32, bf16 and compiled; whether a step waits for the device; seconds an epoch of each kind
-of row, the memory it takes, and hours for all; which kernels are fastest; whether --deterministic holds. All of it is
-the recipes' own code, with teachers that know nothing.
+Each answer is printed at once, so a time limit costs only the remaining answers. An error costs only its row (and makes
+the exit status 1), unless the process loses its GPU, as after an error in a kernel. The questions for --ask are views
+and models (the same as on the CPU?), losses (the same in float32, bf16 and compiled?), waiting (does a step wait for
+the device?), speed (seconds an epoch of each kind of row, memory, hours for all rows), kernels (which are fastest?) and
+deterministic (does --deterministic hold?). The code is the recipes' own; the teachers are untrained.
 """
 
 import gc

@@ -73,8 +73,8 @@ def test_a_finished_run_whose_files_were_damaged_is_noticed(name, use, teacher, 
     data = bytearray((teacher / name).read_bytes())
     data[len(data) // 2] ^= 1
     (teacher / name).write_bytes(data)
-    again = "delete it, and --teacher-from train trains student_baseline again where it is named as a row"
-    with pytest.raises(UserError, match=rf"{name} is damaged.*: {again}"):
+    again = "delete it, and if student_baseline is named as a row, --teacher-from train trains it again"
+    with pytest.raises(UserError, match=rf"{name} is damaged: .*; {again}"):
         use(teacher, tmp_path)
     for file in (*HALF, *HALF.values()):  # any of them would do for an ensemble
         (teacher / file).unlink()
@@ -95,7 +95,7 @@ RESULTS = {
     "other classes": ({"classes": ["a", "b"]}, "knows 2 classes, not the 10 of digits: it has never seen 0, 1"),
     "other images": ({"fingerprint": "0"}, "was trained on other images"),
     "seed as text": ({"seed": "../../.."}, "is no result, for its seed"),
-    "no digests": ({"files": {}}, "is damaged, for it is not what result.json describes"),
+    "no digests": ({"files": {}}, "is damaged: its SHA-256 is not that in result.json"),
     "digests that are a list": ({"files": [1]}, "is no result, for its files"),
 }
 

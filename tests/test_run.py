@@ -706,12 +706,12 @@ def test_a_run_whose_teacher_or_member_was_trained_anew_is_named(tmp_path, capsy
     for _ in range(2):
         for row, settings in made.items():
             run_row(row, tmp_path, **settings)
-    assert "is not what it was" not in capsys.readouterr().err
+    assert "has changed since" not in capsys.readouterr().err
     shutil.rmtree(source)
     shutil.copytree(other, source)
     for row, settings in made.items():
         run_row(row, tmp_path, **settings)
-        message = f"{source} is not what it was when {row} was made of it: start {row} over with --overwrite"
+        message = f"{source} has changed since {row} was made from it: start {row} over with --overwrite"
         assert message in capsys.readouterr().err
 
 
