@@ -37,15 +37,15 @@ def words(name, value):
 
 FLAGS = [word for name, value in config.items() if name not in OWN for word in words(name, value)]
 for name in config.keys() - OWN - {field.name for field in dataclasses.fields(common.Config)}:
-    raise WorkflowError(f"--config: {flag(name)} is no setting that a row hands on to those it builds upon")
+    raise WorkflowError(f"--config: {flag(name)} is no setting that all rows have: see docs/cluster.md")
 if not re.fullmatch(r"[1-9]\d*", str(config.get("seeds", 3))) or "seed" in config:
-    raise WorkflowError("--config: it is seeds=3, a number from 1, for seeds 0, 1 and 2; a single seed is run by its recipe, with --seed")
+    raise WorkflowError("--config: seeds takes a number from 1 (3: seeds 0, 1, 2); for one seed, use a recipe's --seed")
 if not re.fullmatch(r"[1-9]\d*", str(config.get("jobs_per_gpu", 1))):
-    raise WorkflowError("--config: it is jobs_per_gpu=2, a number from 1, for two runs on each GPU")
+    raise WorkflowError("--config: jobs_per_gpu takes a number from 1, such as 2: two runs on each GPU")
 if config.get("variants", False) not in (True, False):
-    raise WorkflowError("--config: it is variants=true, or variants=false")
+    raise WorkflowError("--config: variants takes only true or false")
 if "overwrite" in config:  # it would delete the log that a run is writing to
-    raise WorkflowError("--config: overwrite is for a recipe alone; here it is -R kd_cutmix, or -F for all rows")
+    raise WorkflowError("--config: overwrite is for a recipe alone; here, -R kd_cutmix starts it over, -F all rows")
 SEEDS = range(int(config.get("seeds", 3)))
 ONE_GPU = [sys.executable, str(common.ROOT / "one_gpu.py"), str(config.get("jobs_per_gpu", 1))]
 WEIGHTS, PROBABILITIES = "model.safetensors", "probabilities.npz"
@@ -59,7 +59,7 @@ def recipe(row):
 def configured(row, variant=""):
     """A row's run with seed 0, and its folder with any."""
     cfg = parse_flags(common.config_type(common.load_recipe(row)), args=[*FLAGS, *shlex.split(variant)])
-    run = common.Run(row, cfg)
+    run = common.Run(row, dataclasses.replace(cfg, device="cpu"))  # only asked: the GPU may be another machine's
     return run, str(run.path.with_name(run.path.name.replace("seed0", "seed{seed}", 1)))
 
 
@@ -91,7 +91,7 @@ try:
     variants = [(line.row, flags_of(line.changes)) for line in sort_into_rows([])[0] if line.changes]
     JOBS = {(row, flags): configured(row, flags) for row, flags in [(row, "") for row in common.recipe_names()] + variants}
 except UserError as error:
-    raise WorkflowError(f"--config: {error}")
+    raise WorkflowError("--config: " * (not str(error).startswith(str(common.RECIPES))) + str(error))
 
 IN_TABLE = [path for (_, flags), (_, path) in JOBS.items() if not flags or config.get("variants")]
 RESULTS = [f"{path.format(seed=seed)}/result.json" for path in IN_TABLE for seed in SEEDS]

@@ -8,13 +8,14 @@ import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from io import StringIO
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 
-from run_files import PUBLISHED_CSV, UserError, flag
+from run_files import PUBLISHED_CSV, UserError, first_line, flag
 
 Settings = TypeVar("Settings")
 
@@ -44,7 +45,7 @@ def parse(config: type[Settings], description: str | None = None, args: Sequence
     captured = StringIO()
     try:
         with redirect_stderr(captured):
-            return tyro.cli(config, description=description, args=args, config=(tyro.conf.FlagCreatePairsOff,))
+            settings = tyro.cli(config, description=description, args=args, config=(tyro.conf.FlagCreatePairsOff,))
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
@@ -53,6 +54,9 @@ def parse(config: type[Settings], description: str | None = None, args: Sequence
         text = re.split("Got errors:|Argument helptext:|For full helptext", text)[0]
         text = re.sub(r"[─-]{9,} Perhaps you meant: (?:\S+, )*(\S+).*", r"(did you mean \1?)", text)
         raise UserError(text.strip("─- ")) from None
+    paths = {name: value for name, value in vars(settings).items() if isinstance(value, Path)}
+    home = {name: Path(os.path.expanduser(path)) for name, path in paths.items()}  # not done after a = by all shells
+    return dataclasses.replace(settings, **home)
 
 
 def _words(word: str, defaults: dict[str, Any]) -> list[str]:
@@ -84,11 +88,12 @@ def orderly_end(advice: str = "") -> Iterator[None]:
         raise Interrupted(numbers[number])
 
     # A log file has an epoch's line when the epoch is over; a ± where the locale has none is no reason to fail
-    sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    with suppress(AttributeError):  # a notebook's is another
+        sys.stdout.reconfigure(line_buffering=True, errors="replace")
     before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         if not PUBLISHED_CSV.is_file():  # nor recipes/, where only the modules were installed
-            raise UserError(f"{PUBLISHED_CSV} is not there: the kit runs from a clone of it, after pip install -e .")
+            raise UserError(f"{PUBLISHED_CSV} is not there: mount it (container), or use a clone and pip install -e .")
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -103,3 +108,21 @@ def orderly_end(advice: str = "") -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def device_errors(advice: str) -> Iterator[None]:
+    """Name a device that cannot be used, or that ran out of memory, where `advice` says what to do.
+
+    Raises:
+        UserError: for the errors of torch and its libraries, most of which say what they lack in words alone.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if re.search("no kernel image|busy or unavailable", str(error)):
+            raise UserError(f"the GPU cannot be used ({first_line(error)}): see README, or use --device cpu") from None
+        words = "out of memory|can't allocate memory|ALLOC(ATION)?_FAILED|could not create a primitive$"
+        if not isinstance(error, MemoryError) and not re.search(words, str(error)):
+            raise
+        raise UserError(f"out of memory: {advice}") from None

@@ -39,7 +39,7 @@ import cifar_models  # registers its models with timm
 import data_parallel
 from augmentation import AugMix, CutOut, Mix, Standard, normalize  # noqa: F401 recipes use common.Mix
 from calibration import calibration_metrics, scores_of_run, write_reliability
-from command_line import orderly_end, parse
+from command_line import device_errors, orderly_end, parse
 from consistency import errors_by_chance
 from image_data import Dataset, load_dataset
 from objectives import EnsembleDistillationTask, JsdTask, Reduction, Teacher  # noqa: F401 recipes use common.JsdTask
@@ -107,9 +107,9 @@ def load_recipe(row: str) -> Callable:
     known = recipe_names()
     if row not in known:  # not a path to elsewhere either: what it names would be run
         if Path(row).is_dir():
-            raise UserError(f"{row} is not the folder of a finished run: it has no result.json")
+            raise UserError(f"{row} is not the folder of a finished run: it has no result.json, as its seed0 may have")
         near = difflib.get_close_matches(row, known, 1)
-        all_of_them = f"it should be one of {', '.join(known)}, or the folder of a finished run"
+        all_of_them = f"it should be one of {', '.join(known)}, or a run's folder, or entity/project/name:v0"
         raise UserError(f"there is no recipe {row}: {f'did you mean {near[0]}?' if near else all_of_them}")
     path = RECIPES / f"{row}.py"
     if str(RECIPES) not in sys.path:  # where a recipe finds what it shares with others, as `recipes/_shared.py`
@@ -118,7 +118,7 @@ def load_recipe(row: str) -> Callable:
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "main"):
-        raise UserError(f"{path} has no main, as a row has: what recipes share is called _{row}.py")
+        raise UserError(f"{path} has no main, which a row needs: what recipes share is called _{row}.py")
     return module.main
 
 
@@ -145,17 +145,13 @@ def run_row(row: str, main: Callable, cfg: Config) -> dict[str, Any]:
     """Train or evaluate one row, unless it is finished. Returns what its `result.json` holds."""
     run = Run(row, cfg, main)
     run.sweep = in_sweep()
-    try:
+    advice = (
+        "try a smaller --batch-size or --image-size (each is a new run); with fewer runs at once, the same command "
+        "resumes after the last finished epoch"
+    )
+    with device_errors(advice):
         finished = None if cfg.overwrite else data_parallel.from_first(run.load_result)
         result = finished or run.complete(main)
-    except (RuntimeError, MemoryError) as error:  # cuBLAS, cuDNN and oneDNN say what they lack in words alone
-        words = "out of memory|can't allocate memory|ALLOC(ATION)?_FAILED|could not create a primitive$"
-        if not isinstance(error, MemoryError) and not re.search(words, str(error)):
-            raise
-        raise UserError(
-            f"{run.device} ran out of memory: try a smaller --batch-size (or --image-size), or fewer runs at once; the "
-            "same command goes on after the last finished epoch"
-        ) from None
     if finished:
         print(f"{run.path} was finished before: --overwrite starts it over")
         run.warn_of_edits(result)
@@ -215,7 +211,7 @@ class Run:
         self.path = cfg.results_dir / cfg.protocol / row / f"seed{cfg.seed}{variant(self.changes)}"
         check_folders(self.cfg)
         if cfg.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: torch sees no GPU here; --device cpu goes without")
+            raise UserError("--device cuda: torch sees no GPU here: check nvidia-smi, or use --device cpu")
         self.device = data_parallel.join("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
         self.model_name: str | None = None  # what is trained; an ensemble trains nothing
         self.sources: list[str] = []  # the teachers or members: folders, or artifacts in W&B
@@ -244,7 +240,7 @@ class Run:
         """A fresh timm model for the dataset's classes; its initial weights depend on the seed alone."""
         if not timm.is_model(name):
             near = ", ".join(difflib.get_close_matches(name, timm.list_models(), 4)) or "another of timm.list_models()"
-            raise UserError(f"timm knows no model {name}: {near}? One of your own is made known by @register_model")
+            raise UserError(f"timm knows no model {name}: {near}? For a network of your own, add @register_model")
         seed_everything(self.cfg.seed, 0)
         self.model_name = name
         model = timm.create_model(name, num_classes=self.num_classes)
@@ -277,6 +273,8 @@ class Run:
         their last, `selected` of those. Members that are not there yet are trained first, as `teacher` does."""
         if len(rows) != len(weights):
             raise UserError(f"--weights takes as many numbers as there are --members: {len(rows)}, not {len(weights)}")
+        if not rows:
+            raise UserError("--members takes one row or more")
         if sum(weights) <= 0:
             raise UserError("--weights must not all be 0")
         members = self._files_of(rows, "probabilities.npz")
@@ -290,8 +288,10 @@ class Run:
         if not isinstance(self.cfg, TrainConfig):
             raise UserError(f"{self.row} cannot train: its settings have to extend common.TrainConfig")
         n = len(self.data.train_labels)
-        if n < 2 or ("batch_size" in self.changes and self.cfg.batch_size > n):
-            raise UserError(f"--batch-size must be at most {n}, the number of training images, which must be 2 or more")
+        if n < 2:
+            raise UserError(f"training takes 2 images or more, not {n}: raise --train-size or lower --val-size")
+        if "batch_size" in self.changes and self.cfg.batch_size > n:
+            raise UserError(f"--batch-size must be at most {n}, the number of training images")
 
     @contextmanager
     def _turn(self) -> Iterator[bool]:
@@ -346,6 +346,9 @@ class Run:
             return {**about, "source_digests": self.source_digests, "history": [], "train_seconds": 0.0}
         digests = state.setdefault("source_digests")  # None in checkpoints from before they were kept
         self._check_identity(state["settings"], state["fingerprint"], self.data.fingerprint, digests)
+        shapes = [{k: v.shape for k, v in w.items()} for w in (state["model"], trainer.model.state_dict())]
+        if shapes[0] != shapes[1]:
+            raise UserError(f"{self.path} was begun with another network: start {self.row} over with --overwrite")
         trainer.restore(state.pop("model"), state.pop("momentum"))
         if changed := [f"{k} {v}, now {origin[k]}" for k, v in state["origins"][-1].items() if v != origin[k]]:
             print(f"warning: {self.path} was begun with {'; '.join(changed)}: result.json names both", file=sys.stderr)
@@ -457,7 +460,7 @@ class Run:
         else:
             return
         lr = trainer.optimizer.param_groups[0]["lr"]
-        good = f"; the checkpoint of epoch {epoch - 1} is still good" if epoch > 1 else ""
+        good = f" (a new run); the checkpoint of epoch {epoch - 1} is still good" if epoch > 1 else ""
         raise UserError(f"{what} at step {step} of epoch {epoch}, at learning rate {lr:g}: try a smaller --lr{good}")
 
     def _evaluate(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, float], dict[str, float]]:
@@ -569,8 +572,8 @@ class Run:
         scores = scores_of_run(arrays)
         if unfitted := [name for name in scores if 1.0 in scores[name]["temperatures"]]:
             print(
-                f"warning: the `scaled` metrics of {', '.join(unfitted)} are at temperature 1: none can be fitted "
-                "where every image is classified right, or hardly more are than by chance",
+                f"warning: the `scaled` metrics of {', '.join(unfitted)} are at temperature 1: it cannot be fitted "
+                "where every image is classified right, or hardly more images than by chance",
                 file=sys.stderr,
             )
         metrics = calibration_metrics(arrays["best"], arrays["labels"])
@@ -641,7 +644,7 @@ class Run:
             if not ARTIFACT.fullmatch(row) and not (Path(row) / "result.json").is_file():
                 trains = issubclass(config_type(load_recipe(row)), TrainConfig)
                 if needed == "model.safetensors" and not trains:
-                    raise UserError(f"{row} has no model that could teach: it averages those of other rows")
+                    raise UserError(f"{row} has no model that could teach (it averages rows): name a row that trains")
         if needed == "model.safetensors":  # for a student
             self._check_can_train()
         files = []
@@ -738,7 +741,7 @@ class Run:
         if recipe not in (None, self.recipe):
             print(
                 f"warning: the recipe of {self.row} was edited since this was made: start {self.row} over with "
-                "--overwrite, if that changes what it trains",
+                "--overwrite, if the edit changes the training",
                 file=sys.stderr,
             )
         for source, digest in zip(result["sources"], result.get("source_digests") or [], strict=False):
@@ -762,7 +765,7 @@ class Run:
             load_recipe(result["row"])  # which may register it, under a name of timm's too
         if not name or not timm.is_model(name):
             raise UserError(
-                f"{file.parent / 'result.json'} is of a model that timm does not know here: {str(name)[:100]}"
+                f"{file.parent} is of a model that timm does not know here: {str(name)[:100]}; put its file in recipes/"
             )
         model = timm.create_model(name, num_classes=self.num_classes)
         try:

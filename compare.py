@@ -17,7 +17,7 @@ from torch import Tensor
 
 import verify
 from calibration import calibration_metrics, fit_temperature, scale_temperature
-from command_line import orderly_end, parse
+from command_line import device_errors, orderly_end, parse
 from consistency import errors_by_chance
 from rows import markdown_table, number, read_run
 from run_files import HALF, UserError, full_name, load_probabilities
@@ -132,7 +132,7 @@ def main(cfg: Config) -> int:
     if images[0] == images[1]:  # else before any is downloaded
         (p, labels), (other, other_labels) = (predictions(cfg, *run) for run in zip(cfg.runs, (a, b), strict=True))
     if images[0] != images[1] or not torch.equal(labels, other_labels):
-        raise UserError("the two runs were not tested on the same images")
+        raise UserError("the two runs were not tested on the same images: name runs with one dataset and --image-size")
     lines = []
     for metric, values, spreads in compare(p, other, labels):
         cells = zip(values, spreads, ("", "", "+"), strict=True)
@@ -160,4 +160,6 @@ def main(cfg: Config) -> int:
 
 if __name__ == "__main__":
     with orderly_end():
-        sys.exit(main(parse(Config, __doc__)))
+        cfg = parse(Config, __doc__)
+        with device_errors("use --device cpu, or a machine with more"):
+            sys.exit(main(cfg))

@@ -23,6 +23,8 @@ from timm.utils.distributed import distribute_bn, reduce_tensor, world_info_from
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
+from run_files import UserError
+
 Result = TypeVar("Result")
 
 
@@ -39,6 +41,8 @@ def join(device: str) -> torch.device:
     local_rank, rank, size = world_info_from_env()
     own = torch.device(device, local_rank if device == "cuda" else None)
     if device == "cuda":
+        if local_rank >= (there := torch.cuda.device_count()):
+            raise UserError(f"there are {there} GPUs here: give torchrun --nproc-per-node {there} at most")
         torch.cuda.set_device(own)
     store, _, _ = next(rendezvous("env://"))
     if os.environ["GROUP_WORLD_SIZE"] == "1":

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -100,8 +101,8 @@ class Dataset:
                 raise ValueError
         except ValueError:
             raise UserError(
-                f"--val-size {size} cannot be held out of {len(labels)} training images: every class has to keep one "
-                f"to train on, and either side needs as many images as there are classes, {len(self.classes)}"
+                f"--val-size {size} cannot be held out of {len(labels)} training images: each class needs 2 or more "
+                f"and keeps one to train on, and both parts need as many images as classes ({len(self.classes)})"
             ) from None
         train, val = (torch.from_numpy(index).sort().values for index in (train, val))
         return dataclasses.replace(
@@ -167,11 +168,13 @@ def _listing(root: Path, folders: list[str]) -> str:
     """Hash of names, sizes and times of all files: changes when the images may have."""
     digest = hashlib.sha256()
     for file in (file for folder in folders for file in _files(root / folder)):
-        stat = os.stat(file)
         try:
+            stat = os.stat(file)
             digest.update(f"{os.path.relpath(file, root)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
         except UnicodeEncodeError:  # unpacked from an archive of another system
             raise UserError(f"{file!a} has a name that is not UTF-8: rename it (--data-dir)") from None
+        except OSError as error:  # a link to what is not there
+            raise UserError(f"{file} cannot be read: {error.strerror} (--data-dir)") from None
     return digest.hexdigest()
 
 
@@ -241,7 +244,7 @@ def read_image(file: str | Path, size: int) -> Tensor:
                 raise ValueError(f"its pixels are of mode {image.mode}: convert it to 8 bits a channel")
             image = ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # PIL raises many kinds, of EXIF data struct.error and TypeError too
-        raise UserError(f"cannot read the image {file}: {error}: replace it, or take it away") from None
+        raise UserError(f"cannot read the image {file}: {error}: replace or delete this file") from None
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -264,10 +267,10 @@ def _find_images(root: Path) -> dict[str, list[str]]:
         else:
             raise UserError(f"{file} is not in the folder of a class: {root} should hold <class>/<image> (--data-dir)")
     if not classes:
-        raise UserError(f"no images in {root}: it should hold <class>/<image> (--data-dir)")
+        raise UserError(f"no images in {root}: it needs <class>/<image> {IMG_EXTENSIONS} (--data-dir)")
     if skipped:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in skipped.most_common())
-        print(f"warning: of the files in {root} these are not read as images: {kinds}", file=sys.stderr)
+        print(f"warning: in {root}, files of these kinds are not read as images: {kinds}", file=sys.stderr)
     return dict(sorted(classes.items()))
 
 
@@ -321,10 +324,10 @@ def _download_cifar100(data_dir: Path) -> None:
             with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as temporary:
                 CIFAR100(temporary, download=True)
                 os.replace(Path(temporary, folder.name), folder)
-    except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong checksum is a RuntimeError
+    except (OSError, RuntimeError, HTTPException) as error:  # a wrong checksum is a RuntimeError
         raise UserError(
             f"CIFAR-100 is not in {data_dir} and could not be downloaded ({error}): point --data-dir at a folder "
-            "with cifar-100-python/ or {train,test}/<class>/<image>; of recipes, --protocol smoke needs no download"
+            "with cifar-100-python/ or {train,test}/<class>/<image>; recipes with --protocol smoke need no download"
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)

@@ -61,7 +61,7 @@ if __name__ == "__main__":
     parser.add_argument("command", nargs=argparse.REMAINDER, help="what is run, with its arguments")
     words = parser.parse_args()
     if words.jobs_per_gpu < 1 or not words.command:
-        parser.error("it takes a number from 1, of commands that may share a GPU, and a command")
+        parser.error("needs a number from 1 (commands that may share a GPU) and a command to run")
     try:
         main(words.jobs_per_gpu, words.command)
     except OSError as error:  # no such command, or a folder of locks that is somebody else's

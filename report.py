@@ -336,10 +336,14 @@ class Report:
             except UserError as error:
                 problems.append(str(error))
         note = results_dir / protocol / "note.md"
+        try:
+            text = note.read_text(encoding="utf-8") if note.is_file() else ""
+        except UnicodeDecodeError:
+            raise UserError(f"{note} is not in UTF-8: save it in that encoding") from None
         table, others = sort_into_rows(runs)
         if others and not any(row.runs for row in table):
             table = []  # rows or images of one's own alone: nothing to set beside the published table
-        return cls(protocol, table, others, problems, note.read_text() if note.is_file() else "")
+        return cls(protocol, table, others, problems, text)
 
     @property
     def runs(self) -> list[FinishedRun]:
@@ -433,8 +437,9 @@ def refresh_readme(path: Path, block: str, check: bool) -> list[str]:
     """Put the block between the markers of README.md; checking, only say what is not up to date, as `stale` does."""
     try:
         old = path.read_bytes().decode()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror} (--readme)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not in UTF-8"
+        raise UserError(f"{path} cannot be read: {reason} (--readme)") from None
     begin, end = (old.find(marker) for marker in MARKERS)
     if not 0 <= begin < end:
         print(f"{path} has no {' and '.join(MARKERS)}: it is left as it is", file=sys.stderr)
@@ -459,7 +464,7 @@ def main(cfg: Config) -> int:
     if cfg.protocol and cfg.protocol not in found:
         raise UserError(
             f"no results of protocol {cfg.protocol} in {cfg.results_dir} (found: {', '.join(found) or 'none'}): "
-            "give one of these, or run a row with it first"
+            "check --protocol and --results-dir, or run a row"
         )
     if cfg.check and (cfg.recompute or cfg.wandb):
         raise UserError(
@@ -480,7 +485,7 @@ def main(cfg: Config) -> int:
         print(terminal(protocol, report.table, report.others, report.note))
         if report.lacking:
             lacking = textwrap.shorten(", ".join(report.lacking), 200)
-            print(f"without further metrics ({lacking}): uv run report.py --recompute adds them")
+            print(f"without further metrics ({lacking}): --recompute adds them, from probabilities.npz")
         print(f"written: {folder / 'table.md'}, {folder / 'table.csv'}, {folder / 'figures'}\n")
 
     shown = for_readme(reports)
@@ -498,10 +503,10 @@ def main(cfg: Config) -> int:
     for line in problems:
         print(f"skipped: {line}", file=sys.stderr)
     for line in outdated:
-        print(f"{line}: uv run report.py brings it up to date", file=sys.stderr)
+        print(f"{line}: this command without --check updates it", file=sys.stderr)
     if any(cfg.results_dir.glob("*/seed*/result.json")):
         folder = cfg.results_dir.resolve()
-        raise UserError(f"{folder} is of one protocol: --results-dir {folder.parent} --protocol {folder.name}")
+        raise UserError(f"{folder} is of one protocol: --results-dir {folder.parent} --protocol {folder.name} reads it")
     if not found and not (cfg.check and cfg.results_dir.is_dir()):
         raise UserError(
             f"there are no results in {cfg.results_dir} (--results-dir): run a row first, for example "

@@ -82,11 +82,11 @@ def read_run(path: Path) -> FinishedRun:
     except (KeyError, TypeError, ValueError, AttributeError):
         whole = False
     if not whole:
-        raise UserError(f"{file} is not a whole result: delete the folder to train this row again")
+        raise UserError(f"{file} is not a whole result: start this row over with --overwrite")
     name = f"seed{result['seed']}{variant(result['changes'])}"
-    if path.parts[-3:] != (result["protocol"], result["row"], name):
+    if Path(os.path.abspath(path)).parts[-3:] != (result["protocol"], result["row"], name):
         raise UserError(
-            f"{file} is the result of {result['protocol']}/{result['row']}/{name}: it lies in the wrong folder"
+            f"{file} is the result of {result['protocol']}/{result['row']}/{name}: it lies in the wrong folder, move it"
         )
     digest = hashlib.sha256(file.read_bytes())
     tables = []

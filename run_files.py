@@ -70,8 +70,10 @@ def atomic_write(path: Path, keep: Path | None = None) -> Iterator[typing.Binary
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)  # writing to a full disk names no file
         raise
     if os.name == "posix":  # the names are on the disk once the folder is
         folder = os.open(path.parent, os.O_RDONLY)
@@ -232,12 +234,12 @@ def read_result(path: Path) -> dict[str, Any]:
     try:
         result = json.loads(file.read_bytes())
     except (ValueError, RecursionError):
-        raise UserError(f"{file} is damaged: delete the folder to train this row again") from None
+        raise UserError(f"{file} is damaged: start this row over (--overwrite), or name another run") from None
     wrong = [
         key for key, kind in RESULT.items() if not isinstance(result, dict) or not isinstance(result.get(key), kind)
     ]
     if wrong:
-        raise UserError(f"{file} is no result, for its {wrong[0]}: delete the folder to train this row again")
+        raise UserError(f"{file} is no result, for its {wrong[0]} is missing or wrong: use --overwrite or another run")
     return result
 
 
@@ -284,7 +286,7 @@ def read_csv(path: Path, columns: Sequence[str] = ("epoch", "lr", "accuracy", "e
         if not finite or not all(set(columns) <= set(names) for names in (lines.fieldnames or (), *numbers)):
             raise ValueError
     except (ValueError, TypeError, csv.Error):
-        raise UserError(f"{path} is damaged: delete it, for a report does without") from None
+        raise UserError(f"{path} is damaged: delete it, reports do not need this file") from None
     return numbers
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ PROTOCOLS = {
 
 # A type's bound, in words and as a test; `resolve` holds every setting to it.
 Positive = typing.Annotated[float, "greater than 0 and below 1e6", lambda v: 0 < v < 1e6]
+Momentum = typing.Annotated[float, "0 or more and below 1", lambda v: 0 <= v < 1]
 NonNegative = typing.Annotated[float, "0 or more and below 1e6", lambda v: 0 <= v < 1e6]
 Count = typing.Annotated[int, "1 or more", lambda v: v >= 1]
 Seed = typing.Annotated[int, "0 or more", lambda v: v >= 0]
@@ -112,7 +114,7 @@ class TrainConfig(Config):
     """learning rate at the start"""
     batch_size: BatchSize = 128
     """images per step"""
-    momentum: NonNegative = 0.9
+    momentum: Momentum = 0.9
     """momentum, without Nesterov's"""
     weight_decay: NonNegative = 5e-4
     """L2 penalty"""
@@ -156,7 +158,12 @@ def resolve(cfg: Config) -> Config:
     own_images = dataset == protocol.dataset
     if dataset != "folder" and cfg.image_size != type(cfg).image_size:
         raise UserError(f"--image-size is for --dataset folder alone, not for {dataset}")
-    decided = {
+    decided = {  # a folder has one name, with or without the slash that a shell puts there
+        name: os.path.normpath(value) if isinstance(value, str) else tuple(map(os.path.normpath, value))
+        for name, value in vars(cfg).items()
+        if name in ("teacher", "teachers", "members")
+    }
+    decided |= {
         "epochs": epochs,
         "milestones": milestones,
         "dataset": dataset,

@@ -83,6 +83,8 @@ class Tracker:
     ):  # fmt: skip
         if mode == "auto":
             mode = (os.environ.get("WANDB_MODE") or "auto").lower()
+        if mode not in ("auto", "online", "offline", "disabled", "dryrun", "run", "shared"):
+            raise UserError(f"WANDB_MODE={mode}: set it to online, offline or disabled, or unset it")
         self.folder, self.epochs, self.charts, self.sweep = folder, epochs, charts, sweep
         self.wandb_run = None
         self.logged = 0  # epochs that W&B has
@@ -202,7 +204,7 @@ class Tracker:
             except wandb.Error as error:  # what is configured cannot be a key
                 mode, lacking = "offline", first_line(error)
             if mode == "offline" and lacking:
-                _warn(f"{lacking}: recorded offline, for wandb sync")
+                _warn(f"{lacking}: recorded offline; wandb sync uploads it")
         run_id = agent.get("WANDB_RUN_ID") or self._run_id()
         quiet: dict[str, Any] = {"silent": True, "console": "off", "finish_timeout_raises": True, **PATIENCE}
         quiet["sweep_id"] = agent.get("WANDB_SWEEP_ID")
@@ -217,7 +219,7 @@ class Tracker:
         except Exception as error:
             if mode != "online":
                 raise
-            _warn(f"{first_line(error)}: recorded offline, for wandb sync")
+            _warn(f"{first_line(error)}: recorded offline; wandb sync uploads it")
             wandb.teardown()  # else the id is taken
             self.wandb_run = init("offline")
         if self.wandb_run.url:  # online
@@ -322,7 +324,9 @@ def fetch_artifact(name: str, folder: Path) -> Path:
                     entries[file].download(str(path))
             with atomic_write(path / "result.json") as file:
                 file.write(json.dumps(artifact.metadata, indent=2).encode())
-    except (wandb.Error, OSError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of many kinds
         raise UserError(f"{name} cannot be fetched from Weights & Biases: {first_line(error)}") from None
     return path
 
@@ -336,14 +340,14 @@ def log_in(what: str) -> None:
     import wandb
 
     with _hidden(SWEEP):
-        wandb.setup(wandb.Settings(silent=True))  # else it asks the server whose key it is, only to print that
         try:
+            wandb.setup(wandb.Settings(silent=True))  # else it asks the server whose key it is, only to print that
             known = wandb.login(prompt=False, verify=False)
-        except wandb.Error as error:  # what is configured cannot be a key
+        except (wandb.Error, ValueError) as error:  # what is configured cannot be
             raise UserError(f"{what} needs Weights & Biases: {first_line(error)}") from None
     if not known:
         mode = os.environ.get("WANDB_MODE")
-        advice = f"WANDB_MODE={mode} keeps it away" if mode else "log in first, with wandb login"
+        advice = f"unset WANDB_MODE={mode}" if mode else "log in first, with wandb login (and wandb online)"
         raise UserError(f"{what} needs Weights & Biases: {advice}")
 
 

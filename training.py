@@ -73,8 +73,8 @@ class Trainer:
         elif precision == "bf16" and not has_bf16(device.type):
             # Measured where torch and oneDNN were told not to use what the CPU has
             print(
-                "warning: bf16 is emulated here, 7 to 13 times slower than fp32 on a CPU without AVX-512, up to 2.4 "
-                "times on others: --precision fp32 makes a variant (docs/scaling.md)",
+                f"warning: this {device.type} emulates bf16, so it is slower than fp32: on CPUs without AVX-512 7 to "
+                "13 times, on other CPUs up to 2.4; --precision fp32 makes a variant (docs/scaling.md)",
                 file=sys.stderr,
             )
         teacher = getattr(task, "teacher", None)
@@ -90,6 +90,8 @@ class Trainer:
         if compile == "auto":
             mode, worth_it = AUTO_COMPILE.get((device.type, precision), ("off", math.inf))
             compile = mode if images >= worth_it and data_parallel.size() == 1 and can_compile(device.type) else "off"
+        elif compile != "off" and not can_compile(device.type):
+            raise UserError(f"--compile {compile}: torch.compile fails here, as said above: use --compile off")
         self.compile, self.precision = compile, precision
         if precision == "bf16":
             autocast(self.model, device)
@@ -102,7 +104,7 @@ class Trainer:
         if data_parallel.size() > 1:
             task.prepare_distributed([device] if device.type == "cuda" else None, broadcast_buffers=False)
             if not isinstance(task.trainable_module, DistributedDataParallel):
-                raise TypeError(f"{type(task).__name__}.prepare_distributed has to wrap its trainable_module")
+                raise UserError(f"{type(task).__name__}.prepare_distributed has to wrap its trainable_module")
 
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """One step on a batch of normalised images. Returns its mean loss, on the device."""
@@ -155,9 +157,11 @@ def check_trainable(task: TrainingTask) -> None:
     outside = [name for name, p in task.named_parameters() if p.requires_grad and p not in trained]
     if outside or task.get_eval_model() is not model:
         raise UserError(
-            f"{type(task).__name__} cannot be trained here: of a task its trainable_module alone is trained and kept, "
-            f"and has to give logits{f'; {outside[0]} is outside it' if outside else ''}"
+            f"{type(task).__name__} cannot be trained here: only a task's trainable_module is trained and saved, "
+            f"and it has to give logits{f'; {outside[0]} is outside it' if outside else ''}"
         )
+    if slash := next((name for name in model.state_dict() if "/" in name), None):  # it separates names in checkpoints
+        raise UserError(f"{slash} cannot be the name of a part of the network: it must have no slash")
 
 
 def autocast(model: nn.Module, device: torch.device, in_eval: bool = False) -> None:
@@ -191,6 +195,6 @@ def can_compile(device: str) -> bool:
         torch.compile(lambda x: x.exp() + 1)(torch.zeros(64, device=device))
     except Exception as error:  # whatever it is that is missing
         reason = first_line(error)[:200]
-        print(f"warning: slower than it could be, for torch.compile fails here: {reason}", file=sys.stderr)
+        print(f"warning: training is slower, because torch.compile fails here: {reason}", file=sys.stderr)
         return False
     return True

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import common
 from calibration import calibration_metrics
-from command_line import orderly_end, parse
+from command_line import device_errors, orderly_end, parse
 from rows import number, read_run, run_folders
 from run_files import UserError, files_for, read_result
 
@@ -91,7 +91,7 @@ def main(cfg: Config) -> int:
     folders = run_folders(cfg.results_dir, "*")
     folders = [f for f in folders if cfg.protocol in (None, f.parts[-3]) and (not cfg.rows or f.parts[-2] in cfg.rows)]
     if not folders:
-        raise UserError(f"{cfg.results_dir} has no finished run of such --protocol and --rows")
+        raise UserError(f"no finished run in {cfg.results_dir}: check --results-dir, --protocol and --rows")
     wrong, finished = 0, {}
     for folder in folders:
         try:
@@ -128,4 +128,6 @@ def main(cfg: Config) -> int:
 
 if __name__ == "__main__":
     with orderly_end():
-        sys.exit(main(parse(Config, __doc__)))
+        cfg = parse(Config, __doc__)
+        with device_errors("use --device cpu, or a machine with more"):
+            sys.exit(main(cfg))

@@ -137,6 +137,7 @@ def kill_until_finished(cfg: Config, folder: Path, kills: int, random: Random, e
 
 
 def main(cfg: Config) -> None:
+    common.load_recipe(cfg.row)  # a wrong name is told here: in the run it would go into a log that is deleted
     random = Random(cfg.seed)
     common.load_dataset("digits", Path())  # for what it imports
     with tempfile.TemporaryDirectory() as temporary:

@@ -113,8 +113,8 @@ class Bench:
                     self.synchronize()
                 except Exception:
                     raise UserError(
-                        "the GPU is lost to this process: ask on in another (--ask); with CUDA_LAUNCH_BLOCKING=1 the "
-                        "line that is named is the one that failed"
+                        "the GPU is lost to this process: ask the other questions in a new one (--ask); with "
+                        "CUDA_LAUNCH_BLOCKING=1, the line named above is the one that failed"
                     ) from None
 
     def build(self, row: str, compile: str = "off", precision: str = "auto", **settings) -> MeasuredRun:

@@ -44,6 +44,7 @@ from augmix import TimmAugMix
 from calibration import calibration_metrics
 from cifar_models import CIFAR_MEAN, CIFAR_STD
 from command_line import orderly_end, parse
+from run_files import UserError
 from training import Compile, Precision
 
 # (name, recipe, what the reference does to a batch, further settings)
@@ -263,8 +264,8 @@ def alternate(cfg: Config, run: MeasuredRun, loop: "ReferenceLoop | None", **sid
 def our_steps(run: MeasuredRun) -> Callable[[], int]:
     """The run's own epoch, some steps at a time."""
     trainer, size = run.trainer(run.task), run.cfg.batch_size
-    steps = 1 if run.device.type == "cpu" else 50
     whole = run.data
+    steps = 1 if run.device.type == "cpu" else min(50, (len(whole.train_labels) - 1) // size)
     bar = SimpleNamespace(update=lambda n: None, set_postfix=lambda **_: None, write=lambda text: None)
 
     def step() -> int:
@@ -452,13 +453,21 @@ def report(lines: list[dict], starts: tuple[float, float], cfg: Config) -> str:
 
 def main() -> None:
     cfg = parse(Config, __doc__)
-    text = report(ratios(cfg), start_up(cfg.repeats), cfg)
+    if cfg.repeats < 1 or cfg.workers < 0:
+        raise UserError("--repeats must be 1 or more, and --workers 0 or more")
+    try:
+        re.compile(cfg.rows)
+    except re.error as error:
+        raise UserError(f"--rows {cfg.rows} is not a regular expression: {error}") from None
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    if not (lines := ratios(cfg)):
+        raise UserError(f"--rows {cfg.rows} is found in the name of no row")
+    print(text := report(lines, start_up(cfg.repeats), cfg))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = common.hardware(device) + (f" compile {cfg.compile}" if cfg.compile != "auto" else "")
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    cfg.out.mkdir(parents=True, exist_ok=True)
     (cfg.out / f"{slug}.md").write_text(text)
-    print(f"\n{text}\nwritten to {cfg.out / slug}.md")
+    print(f"written to {cfg.out / slug}.md")
 
 
 if __name__ == "__main__":

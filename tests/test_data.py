@@ -184,6 +184,19 @@ def download(monkeypatch):
     server.shutdown()
 
 
+def test_a_proxy_that_is_no_address_is_named(tmp_path, monkeypatch):
+    """http.client's errors are no OSErrors."""
+    monkeypatch.setattr(CIFAR100, "url", "http://localhost:port/a.tar.gz")
+    with pytest.raises(UserError, match=r"could not be downloaded.*port"):
+        load_dataset("cifar100", tmp_path)
+
+
+def test_a_link_to_no_image_is_named(image_folder):
+    (image_folder / "train" / "ant" / "gone.png").symlink_to("nowhere.png")
+    with pytest.raises(UserError, match=r"gone.png cannot be read: No such file or directory \(--data-dir\)"):
+        load_dataset("folder", image_folder, 20)
+
+
 @pytest.mark.parametrize("kind", ["refuses", "stalls", "cut", "damaged", "no server"])
 def test_a_download_that_fails_leaves_nothing_and_says_how_to_go_on(kind, tmp_path, monkeypatch, download):
     download(kind)

@@ -143,6 +143,9 @@ def test_what_a_task_would_not_train_or_keep_is_refused():
     student, teacher = (timm.create_model("shufflenet_v1", num_classes=5) for _ in range(2))
     with pytest.raises(UserError, match=r"FeatureDistillationTask cannot be trained here.*give logits$"):
         trainer(FeatureDistillationTask(student, teacher, nn.CrossEntropyLoss()))
+    model = nn.ModuleDict({"a/b": Linear()})
+    with pytest.raises(UserError, match=r"a/b.* cannot be the name of a part of the network"):
+        trainer(ClassificationTask(model, nn.CrossEntropyLoss()))
 
 
 class Logits(nn.Module):

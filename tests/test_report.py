@@ -290,6 +290,11 @@ def test_bins_that_are_none_are_damaged(results, capsys, damage):
     assert run(results, recompute=True) == 0 and read_run(file.parent).bins
 
 
+def test_a_run_is_found_from_within_its_row(results, monkeypatch):
+    monkeypatch.chdir(results / "short" / "kd_cutmix")
+    assert read_run(Path("seed1")).result["seed"] == 1
+
+
 def test_a_copy_of_a_run_is_no_further_seed(results, capsys):
     folder = results / "short" / "kd_cutmix"
     shutil.copytree(folder / "seed1", folder / "seed1-backup")
@@ -624,6 +629,9 @@ def test_a_note_on_the_runs_of_a_protocol_is_in_its_table(results, capsys):
     assert run(results, check=True) == 0
     (results / "short" / "table.md").write_bytes(b"\xff\xfe")
     assert run(results, check=True) == 1
+    (results / "short" / "note.md").write_bytes("± und ü".encode("latin-1"))
+    with pytest.raises(UserError, match=r"note\.md is not in UTF-8"):
+        run(results)
 
 
 def test_recompute_names_probabilities_that_are_damaged_or_not_there(results, capsys):

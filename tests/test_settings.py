@@ -121,6 +121,9 @@ def test_a_rows_folder_and_its_variants():
     # the row's own values spelled out, and where it runs, make no variant
     assert folder(epochs=500, milestones=(150, 180, 210), temperature=50.0, dataset="cifar100") == folder()
     assert folder(data_dir=Path("elsewhere"), device="cpu", wandb_mode="disabled", overwrite=True) == folder()
+    assert folder(teacher="my/run/") == folder(teacher="my/run") != folder(teacher="my/other")
+    members = (folder("teacher_ensemble", members=(name,), weights=(1.0,)) for name in ("my/run/", "my//run"))
+    assert next(members) == next(members)
     variants = [
         folder(temperature=4.0), folder(temperature=5.0), folder(epochs=10), folder(lr=0.1), folder(train_size=5000),
         folder(dataset="digits"), folder(teacher="teacher_mixup"), folder(temperature=4.0, lr=0.1),
@@ -203,9 +206,10 @@ WRONG = [
     ("kd_cutmix", "--batch-size 0", "--batch-size must be 2 or more, not 0"),
     ("kd_cutmix", "--batch-size 64.0", "--batch-size"),
     ("student_baseline", "--protocol smoke --batch-size 1438", "--batch-size must be at most 1437"),
-    ("student_baseline", "--protocol smoke --train-size 1", "must be at most 1, the number of training images, which"),
+    ("student_baseline", "--protocol smoke --train-size 1", "training takes 2 images or more, not 1"),
     ("student_baseline", "--weight-decay -1", "--weight-decay must be 0 or more"),
     ("student_baseline", "--momentum inf", "--momentum must be 0 or more"),
+    ("student_baseline", "--momentum 9", "--momentum must be 0 or more and below 1, not 9"),
     ("student_baseline", "--temperature 4", "--temperature"),
     ("student_baseline", "--compile maybe", "reduce-overhead"),
     ("student_baseline", "--precision fp16", "bf16"),
@@ -244,6 +248,7 @@ WRONG = [
     ("teacher_ensemble", "--weights -1 1 1 1 1", "--weights must be 0 or more"),
     ("teacher_ensemble", "--weights 1 1", "--weights takes as many numbers as there are --members: 5, not 2"),
     ("teacher_ensemble", "--weights 0 0 0 0 0", "--weights must not all be 0"),
+    ("teacher_ensemble", "--members --weights", "--members takes one row or more"),
     ("kd_augmix", "--teacher", "--teacher"),
     ("kd_cutout", "--ce-weight much", "--ce-weight"),
     ("teacher_baseline", "--alpha 1", "--alpha"),
@@ -280,6 +285,13 @@ def test_wrong_arguments_end_in_one_line_and_exit_code_2(row, arguments, message
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not list(here.iterdir())  # nothing created
+
+
+def test_the_home_folder_may_be_written_as_a_shell_does(monkeypatch):
+    """Shells do not replace it after `--data-dir=`, and a sweep's file has no shell."""
+    monkeypatch.setenv("HOME", "/home/me")
+    cfg = common.parse(common.TrainConfig, args=["--data-dir=~/data", "--results-dir", "~/results", "--protocol=smoke"])
+    assert (cfg.data_dir, cfg.results_dir) == (Path("/home/me/data"), Path("/home/me/results"))
 
 
 def test_a_weight_that_is_the_only_one_may_be_0():

@@ -25,6 +25,7 @@ import augmentation
 import common
 import training
 from augmentation import CutMix
+from run_files import UserError
 from training import Trainer, can_compile
 
 sys.path.insert(0, str(Path(common.__file__).parent / "benchmarks"))
@@ -237,9 +238,11 @@ def test_auto_compiles_only_what_pays(monkeypatch):
     monkeypatch.setattr(training, "can_compile", lambda device: True)
     assert chosen(499_999) == ("off", "fp32") and chosen(500_000) == ("default", "fp32")
     assert chosen(10**9, precision="bf16") == ("off", "bf16")
+    assert chosen(0, compile="default", precision="bf16") == ("default", "bf16")
     monkeypatch.setattr(training, "can_compile", lambda device: False)
     assert chosen(10**9)[0] == "off"
-    assert chosen(0, compile="default", precision="bf16") == ("default", "bf16")
+    with pytest.raises(UserError, match=r"--compile default: torch.compile fails here, .*: use --compile off"):
+        chosen(0, compile="default")
 
 
 def test_each_run_of_a_process_is_compiled_once(monkeypatch):
@@ -247,6 +250,7 @@ def test_each_run_of_a_process_is_compiled_once(monkeypatch):
     an epoch's last batch, which is smaller, is not compiled for."""
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, backend, mode, **kwargs: real(model, backend="eager", **kwargs))
+    monkeypatch.setattr(training, "can_compile", lambda device: True)
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     inputs, targets = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
@@ -269,6 +273,22 @@ def test_a_compiler_that_fails_is_noticed_and_named(monkeypatch, capsys):
         assert not can_compile("cpu")
     assert "torch.compile fails here: fatal error: Python.h" in capsys.readouterr().err
     can_compile.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--rows nothing", "--rows nothing is found in the name of no row"),
+        ("--rows [", r"--rows \[ is not a regular expression"),
+        ("--repeats 0", "--repeats must be 1 or more"),
+        ("--workers -1", "--workers 0 or more"),
+    ],
+)
+def test_a_benchmark_of_nothing_is_refused(arguments, message, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--dataset", "digits", "--out", str(tmp_path), *arguments.split()])
+    with pytest.raises(UserError, match=message):
+        speed.main()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -288,7 +288,8 @@ def test_a_full_disk_costs_the_epoch_it_fell_in(tmp_path, capsys, whole):
             run_row("student_baseline", disk, **THREE_STEPS)
         assert stop.value.code == 74
         error = capsys.readouterr().err.splitlines()
-        assert error == ["error: No space left on device; what was finished before is intact"]
+        [name] = re.findall("^error: (.*): No space left on device; what was finished before is intact$", *error)
+        assert Path(name).is_relative_to(disk)
         assert len(checkpoint.load(next(disk.glob("smoke/*/seed*")))["history"]) == 2
         assert not list(disk.rglob("*.tmp"))
         remount(disk, "size=100m")
@@ -376,7 +377,7 @@ def test_two_students_at_once_train_their_teacher_once(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_at_once(tmp_path):
     message = r"the loss is (nan|inf) at step \d of epoch 1, at learning rate 900000: try a smaller --lr$"
     with pytest.raises(UserError, match=message):
-        run_row("student_baseline", tmp_path, lr=9e5, momentum=9e5, weight_decay=9e5, epochs=3, batch_size=32)
+        run_row("student_baseline", tmp_path, lr=9e5, weight_decay=9e5, epochs=3, batch_size=32)
     assert not list(tmp_path.glob("smoke/*/seed*"))
 
 
@@ -427,7 +428,24 @@ def test_out_of_memory_names_the_flag(error, tmp_path, monkeypatch):
         raise error
 
     monkeypatch.setattr(common.Trainer, "step", step)
-    with pytest.raises(UserError, match="cpu ran out of memory: try a smaller --batch-size"):
+    with pytest.raises(UserError, match=r"^out of memory: try a smaller --batch-size"):
+        run_row("student_baseline", tmp_path, **THREE_STEPS)
+
+
+def test_a_gpu_that_torch_cannot_use_is_named(tmp_path, monkeypatch):
+    def step(*args):
+        raise torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device\nCUDA ker")
+
+    monkeypatch.setattr(common.Trainer, "step", step)
+    with pytest.raises(UserError, match=r"the GPU cannot be used .*on the device.: see README, or use --device cpu"):
+        run_row("student_baseline", tmp_path, **THREE_STEPS)
+
+
+def test_a_network_that_was_edited_in_between_is_named(tmp_path, monkeypatch):
+    killed_run(tmp_path, monkeypatch)
+    create = common.timm.create_model
+    monkeypatch.setattr(common.timm, "create_model", lambda name, **kwargs: create("wrn_40_2", **kwargs))
+    with pytest.raises(UserError, match="was begun with another network: start student_baseline over with --overwrite"):
         run_row("student_baseline", tmp_path, **THREE_STEPS)
 
 

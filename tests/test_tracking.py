@@ -483,6 +483,8 @@ class FakeApi:
     def artifact(self, name: str):
         if "other" in name:
             raise wandb.errors.CommError("artifact not found")
+        if "offline" in name:
+            raise Exception("the network is gone")
 
         def entry(file: Path):
             def download(root: str) -> None:
@@ -520,6 +522,8 @@ def test_a_teacher_from_wandb(tmp_path, monkeypatch, image_folder):
 
     with pytest.raises(UserError, match="cannot be fetched from Weights & Biases: artifact not found"):
         run_row("kd_vanilla", tmp_path / "here", teacher="me/project/other:v1", **here)
+    with pytest.raises(UserError, match="cannot be fetched from Weights & Biases: the network is gone"):
+        run_row("kd_vanilla", tmp_path / "here", teacher="me/project/offline:v1", **here)
     other = dict(dataset="folder", data_dir=image_folder, train_size=None, batch_size=8)
     with pytest.raises(UserError, match="knows 10 classes, not the 3 of folder"):
         run_row("kd_vanilla", tmp_path / "here", teacher=name, **other, **here)
@@ -542,3 +546,9 @@ def test_an_ensemble_declares_its_members(tmp_path, server):
     assert made["artifactTypeName"] == "ensemble" and json.loads(made["metadata"])["row"] == "teacher_ensemble"
     assert server.artifacts[server.used[0][1]]["artifactTypeName"] == "model"
     assert server.runs[name]["history"][-1]["calibration/curve_table"]["nrows"] > 0
+
+
+def test_a_mode_that_wandb_does_not_know_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    with pytest.raises(UserError, match="WANDB_MODE=ofline: set it to online, offline or disabled"):
+        run_row("student_baseline", tmp_path)
