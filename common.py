@@ -107,7 +107,7 @@ def load_recipe(row: str) -> Callable:
     known = recipe_names()
     if row not in known:  # not a path to elsewhere either: what it names would be run
         if Path(row).is_dir():
-            raise UserError(f"{row} is not the folder of a finished run: it has no result.json (it is called seed0, seed1, ...)")
+            raise UserError(f"{row} is not the folder of a finished run: it has no result.json (try its seed0)")
         near = difflib.get_close_matches(row, known, 1)
         all_of_them = f"it should be one of {', '.join(known)}, or a run's folder, or entity/project/name:v0"
         raise UserError(f"there is no recipe {row}: {f'did you mean {near[0]}?' if near else all_of_them}")
