@@ -282,13 +282,20 @@ def _read_folder(data_dir: Path, image_size: int) -> Dataset:
         raise UserError(f"train and test differ in their class folders: {'; '.join(lacking)} (--data-dir)")
     if len(train) == 1:
         raise UserError(f"{data_dir} has images of one class, {min(train)}: nothing to tell apart (--data-dir)")
-    splits = []
+    splits, unread = [], {}
     for split, found in (("train", train), ("test", test)):
         files = [file for files in found.values() for file in files]
         images = np.empty((len(files), image_size, image_size, 3), np.uint8)
         for i, file in enumerate(tqdm(files, f"decoding {split}", unit=" images", disable=None, leave=False)):
-            images[i] = read_image(file, image_size).permute(1, 2, 0)
+            try:
+                images[i] = read_image(file, image_size).permute(1, 2, 0)
+            except UserError as error:  # all are tried, for decoding takes long
+                unread[file] = error
         splits.append((images, np.repeat(np.arange(len(found)), [len(files) for files in found.values()])))
+    if unread:
+        first, *others = unread
+        more = f"; {len(others)} more cannot be read: {', '.join(others[:5])}" if others else ""
+        raise UserError(f"{unread[first]}{more}")
     (_, train_labels), (_, test_labels) = splits
     print(f"{data_dir}: {len(train_labels):,} training and {len(test_labels):,} test images of {len(train)} classes")
     return _sorted_dataset(list(train), splits)

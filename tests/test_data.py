@@ -227,9 +227,13 @@ def test_damaged_torchvision_files(tmp_path):
         load_dataset("cifar100", tmp_path)
 
 
-def test_a_damaged_image_is_named_not_skipped(image_folder):
+def test_damaged_images_are_named_not_skipped(image_folder):
     os.truncate(image_folder / "test" / "bee" / "2.png", 200)
-    with pytest.raises(UserError, match=r"cannot read the image .*test/bee/2.png"):
+    with pytest.raises(UserError, match=r"cannot read the image .*test/bee/2.png: .*: replace or delete this file$"):
+        load_dataset("folder", image_folder)
+    for name in ("train/ant/0.png", "train/cat/1.png"):
+        os.truncate(image_folder / name, 200)
+    with pytest.raises(UserError, match=r"ant/0.png: .*; 2 more cannot be read: .*/cat/1.png, .*/test/bee/2.png$"):
         load_dataset("folder", image_folder)
 
 
