@@ -126,7 +126,7 @@ def main(cfg: Config) -> int:
 
     for folder in cfg.runs:
         if not (folder / "result.json").is_file():
-            raise UserError(f"{folder} is not the folder of a finished run: it has no result.json")
+            raise UserError(f"{folder} is not the folder of a finished run: it has no result.json (try its seed0)")
     a, b = (read_run(folder).result for folder in cfg.runs)
     images = [(r["dataset"], r["classes"], r["settings"]["image_size"]) for r in (a, b)]  # sorted by their pixels
     if images[0] == images[1]:  # else before any is downloaded
