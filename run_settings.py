@@ -163,6 +163,10 @@ def resolve(cfg: Config) -> Config:
         for name, value in vars(cfg).items()
         if name in ("teacher", "teachers", "members")
     }
+    for name, hint in typing.get_type_hints(type(cfg)).items():  # 4 from Python is 4.0 on the command line: one folder
+        value = getattr(cfg, name)
+        if float in (hint, *typing.get_args(hint)) and value is not None:
+            decided[name] = tuple(map(float, value)) if isinstance(value, tuple) else float(value)
     decided |= {
         "epochs": epochs,
         "milestones": milestones,

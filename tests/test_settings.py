@@ -124,6 +124,8 @@ def test_a_rows_folder_and_its_variants():
     assert folder(teacher="my/run/") == folder(teacher="my/run") != folder(teacher="my/other")
     members = (folder("teacher_ensemble", members=(name,), weights=(1.0,)) for name in ("my/run/", "my//run"))
     assert next(members) == next(members)
+    assert folder(temperature=4) == folder(temperature=4.0)  # Python's callers write either
+    assert folder("teacher_ensemble", weights=(1,) * 5) == folder("teacher_ensemble", weights=(1.0,) * 5)
     variants = [
         folder(temperature=4.0), folder(temperature=5.0), folder(epochs=10), folder(lr=0.1), folder(train_size=5000),
         folder(dataset="digits"), folder(teacher="teacher_mixup"), folder(temperature=4.0, lr=0.1),
