@@ -491,7 +491,7 @@ class Run:
         if first:
             write_csv(self.path / "history.csv", state["history"])
             save_weights(self.path / "model.safetensors", trainer.model.state_dict())
-        self._save_half(trainer, predictions["probabilities"])
+        self._save_half(trainer.model, predictions["probabilities"])
         if not first:
             return
         choices = {"best": state["best"], "last": {"epoch": cfg.epochs, **predictions}}
@@ -504,10 +504,9 @@ class Run:
         speed |= {"compile": trainer.compile, "precision": trainer.precision, "processes": data_parallel.size()}
         self._finish(choices, speed, tracker, state["origins"][:-1])
 
-    def _save_half(self, trainer: Trainer, probabilities: Tensor) -> None:
+    def _save_half(self, model: nn.Module, probabilities: Tensor) -> None:
         """Weights in half precision, small enough to publish; the model is left with them. Not where they would change
         the test accuracy by 0.05 points or more."""
-        model = trainer.model
         weights = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
         model.load_state_dict(weights)
         predictions = (p.argmax(1) for p in (probabilities, self.predict(model, self.data.test_images)))
@@ -768,11 +767,7 @@ class Run:
                 f"{file.parent} is of a model that timm does not know here: {str(name)[:100]}; put its file in recipes/"
             )
         model = timm.create_model(name, num_classes=self.num_classes)
-        try:
-            model.load_state_dict(load_weights(file))
-        except RuntimeError as error:
-            reason = " ".join(line.strip() for line in str(error).splitlines()[1:])
-            raise UserError(f"{file} does not fit {name}: {reason[:200]}") from None
+        fill(model, load_weights(file), name, file)
         return model
 
     # Weights & Biases ------------------------------------------------------------------------------------
@@ -804,6 +799,19 @@ class Run:
 
     def _versions(self) -> dict[str, str | None]:
         return {**versions(), "recipe": self.recipe}
+
+
+def fill(model: nn.Module, state: dict[str, Tensor], name: str, file: Path) -> None:
+    """Put the weights of a file into the model of that name.
+
+    Raises:
+        UserError: they are not this model's.
+    """
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError) as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise UserError(f"{file} does not fit {name}: {' '.join(lines[1:] or lines)[:200]}") from None
 
 
 # 3. Facts about a run ------------------------------------------------------------------------------------

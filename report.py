@@ -176,6 +176,8 @@ def notes(protocol: str, rows: Sequence[Row]) -> str:
     training = " and ".join(sorted({trained_on(result) for result in results}))
     hardware = " and ".join(sorted({_computed_on(result) for result in computed}))
     text += f", {training}, run on {hardware}."
+    if adopted := [f"`{row.label}`" for row in rows if any("adopted" in run.result for run in row.runs)]:
+        text += f" Trained elsewhere, so *best* and *last* are the weights as they came: {', '.join(adopted)}."
     if unlike := [f"`{row.label}` ({', '.join(row.unlike)})" for row in rows if row.unlike]:
         text += f" Runs of one row were not made alike: {'; '.join(unlike)}."
     if not any(row.comparable for row in rows):

@@ -15,8 +15,10 @@ import pytest
 import torch
 from conftest import ROOT, run_row
 
+import adopt
 import common
 from calibration import calibration_metrics
+from command_line import parse
 from run_files import HALF
 
 README = (ROOT / "README.md").read_text()
@@ -50,7 +52,7 @@ def test_the_two_commands_come_first():
 
 @pytest.mark.parametrize(
     "command",
-    [command for command in COMMANDS[2:] if command[2].endswith(".py") and command[2] != "predict.py"],
+    [command for command in COMMANDS[2:] if re.match(r"recipes/|my_row", command[2])],
     ids=" ".join,
 )
 def test_command(command, results, tmp_path, image_folder, monkeypatch):
@@ -71,6 +73,13 @@ def test_command(command, results, tmp_path, image_folder, monkeypatch):
         tiny |= dict(train_size=None, val_size=6, results_dir=tmp_path / "results")
     result = common.run_row(script.stem, main, dataclasses.replace(cfg, **tiny))
     assert result["dataset"] == ("folder" if cfg.dataset else "digits")
+
+
+def test_what_is_adopted_is_a_row_and_where_the_next_commands_look():
+    adopted = [parse(adopt.Config, args=command[3:]) for command in COMMANDS if command[2] == "adopt.py"]
+    assert {cfg.row for cfg in adopted} == {"teacher_baseline", "teacher_mixup"} <= {*common.recipe_names()}
+    then = [command[-2:] for command in COMMANDS if "--results-dir" in command and command[-1] != "mine"]
+    assert then == 3 * [["--results-dir", str(adopted[0].results_dir)]]
 
 
 def test_its_predictions_are_calibrated_as_the_runs_were(tmp_path, image_folder, monkeypatch, capsys):
