@@ -123,6 +123,7 @@ def device_errors(advice: str) -> Iterator[None]:
         if re.search("no kernel image|busy or unavailable", str(error)):
             raise UserError(f"the GPU cannot be used ({first_line(error)}): see README, or use --device cpu") from None
         words = "out of memory|can't allocate memory|ALLOC(ATION)?_FAILED|could not create a primitive$"
+        words += "|CU(BLAS|DNN)_STATUS_NOT_INITIALIZED"  # of a card that is full
         if not isinstance(error, MemoryError) and not re.search(words, str(error)):
             raise
         raise UserError(f"out of memory: {advice}") from None

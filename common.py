@@ -143,13 +143,13 @@ def config_type(main: Callable) -> type[Config]:
 
 def run_row(row: str, main: Callable, cfg: Config) -> dict[str, Any]:
     """Train or evaluate one row, unless it is finished. Returns what its `result.json` holds."""
-    run = Run(row, cfg, main)
-    run.sweep = in_sweep()
     advice = (
         "try a smaller --batch-size or --image-size (each is a new run); with fewer runs at once, the same command "
         "resumes after the last finished epoch"
     )
     with device_errors(advice):
+        run = Run(row, cfg, main)
+        run.sweep = in_sweep()
         finished = None if cfg.overwrite else data_parallel.from_first(run.load_result)
         result = finished or run.complete(main)
     if finished:

@@ -49,7 +49,8 @@ def join(device: str) -> torch.device:
         store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     patience = timedelta(days=7)  # the first process may wait for a run that trains this one's teacher
     backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+    card = own if device == "cuda" else None  # else NCCL guesses it by the rank among all machines
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience, device_id=card)
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 what goes well is told once
     return own
@@ -112,7 +113,9 @@ def share(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, float]:
     n = len(targets)
     start, end = (n * r // size() for r in (rank(), rank() + 1))
     weight = (end - start) * size() / n
-    if start == end:  # fewer images than processes: every one has to take part, with an image that counts for nothing
+    if (
+        start == end
+    ):  # fewer images than processes: each takes part, with an image that counts for nothing but in batch norm on GPUs
         start, end = 0, 1
     views = inputs.view(-1, n, *inputs.shape[1:])[:, start:end]
     return views.flatten(0, 1), targets[start:end], weight

@@ -72,11 +72,20 @@ class Trainer:
             precision = "bf16" if device.type == "cuda" and has_bf16("cuda") else "fp32"
         elif precision == "bf16" and not has_bf16(device.type):
             # Measured where torch and oneDNN were told not to use what the CPU has
+            how_slow = "on CPUs without AVX-512 7 to 13 times, on other CPUs up to 2.4; " * (device.type == "cpu")
             print(
-                f"warning: this {device.type} emulates bf16, so it is slower than fp32: on CPUs without AVX-512 7 to "
-                "13 times, on other CPUs up to 2.4; --precision fp32 makes a variant (docs/scaling.md)",
+                f"warning: this {device.type} emulates bf16, so it is slower than fp32: {how_slow}--precision fp32 "
+                "makes a variant (docs/scaling.md)",
                 file=sys.stderr,
             )
+        if compile == "auto":
+            mode, worth_it = AUTO_COMPILE.get((device.type, precision), ("off", math.inf))
+            alone = data_parallel.size() == 1
+            compile = mode if images >= worth_it and alone and can_compile(device.type, mode) else "off"
+        elif compile != "off" and data_parallel.size() > 1 and device.type == "cuda":
+            raise UserError(f"--compile {compile}: one run on several GPUs is not compiled: use --compile off")
+        elif compile != "off" and not can_compile(device.type, compile):
+            raise UserError(f"--compile {compile}: torch.compile fails here, as said above: use --compile off")
         teacher = getattr(task, "teacher", None)
         if teacher and precision == "bf16":  # cast once: of frozen weights, autocast would not keep what it casts
             for module in teacher.modules():
@@ -87,11 +96,6 @@ class Trainer:
         self.parts: dict[str, Tensor] = {}
         self.shape: torch.Size | None = None  # of the first inputs, for which the models are compiled
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr, momentum, weight_decay=weight_decay, fused=True)
-        if compile == "auto":
-            mode, worth_it = AUTO_COMPILE.get((device.type, precision), ("off", math.inf))
-            compile = mode if images >= worth_it and data_parallel.size() == 1 and can_compile(device.type) else "off"
-        elif compile != "off" and not can_compile(device.type):
-            raise UserError(f"--compile {compile}: torch.compile fails here, as said above: use --compile off")
         self.compile, self.precision = compile, precision
         if precision == "bf16":
             autocast(self.model, device)
@@ -189,10 +193,18 @@ def has_bf16(device: str) -> bool:
 
 
 @functools.cache
-def can_compile(device: str) -> bool:
-    """Whether `torch.compile` finds what it needs here, a C++ compiler and Python's headers among it: it is tried."""
+def can_compile(device: str, mode: str) -> bool:
+    """Whether `torch.compile` finds what it needs here, a C++ compiler and Python's headers among it, to train in this
+    mode. It is tried, for three steps: CUDA graphs are recorded in the second and replayed in the third."""
     try:
-        torch.compile(lambda x: x.exp() + 1)(torch.zeros(64, device=device))
+        with torch.random.fork_rng(devices=()):
+            model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()).to(device)
+        compiled = torch.compile(model, mode=mode, dynamic=False)
+        for _ in range(3):
+            if mode == "reduce-overhead":
+                torch.compiler.cudagraph_mark_step_begin()
+            compiled(torch.zeros(2, 3, 8, 8, device=device)).sum().backward()
+            model.zero_grad()
     except Exception as error:  # whatever it is that is missing
         reason = first_line(error)[:200]
         print(f"warning: training is slower, because torch.compile fails here: {reason}", file=sys.stderr)

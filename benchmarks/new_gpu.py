@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import speed
 import timm
 import torch
+import torch._inductor.config
 from speed import MeasuredRun, images_per_second, self_times
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -75,6 +76,7 @@ class Bench:
         self.cfg = cfg
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.failed: list[str] = []
+        torch._inductor.config.triton.cudagraph_or_error = True  # a graph that is only skipped would go unnoticed
         self.seconds: dict[str, dict[str, tuple[float, float]]] = {}  # by compile and row: to start, and an epoch
         self.precision = "auto"  # and what that came to in these rows
 

@@ -145,7 +145,7 @@ def test_twenty_steps_in_float32_give_the_plain_loops_losses(kind):
 
 @pytest.mark.slow
 def test_compiled_gives_the_eager_losses():
-    if not can_compile("cpu"):
+    if not can_compile("cpu", "default"):
         pytest.skip("needs a C++ compiler")
     kind = "kd 4"
     compiled, model = losses(kind, 20, 1e-8, compile="default")
@@ -235,14 +235,20 @@ def test_auto_compiles_only_what_pays(monkeypatch):
         trainer = Trainer(make_task("wrn"), torch.device("cpu"), images, lr=0.1, momentum=0, weight_decay=0, **settings)
         return trainer.compile, trainer.precision
 
-    monkeypatch.setattr(training, "can_compile", lambda device: True)
+    monkeypatch.setattr(training, "can_compile", lambda device, mode: True)
     assert chosen(499_999) == ("off", "fp32") and chosen(500_000) == ("default", "fp32")
     assert chosen(10**9, precision="bf16") == ("off", "bf16")
     assert chosen(0, compile="default", precision="bf16") == ("default", "bf16")
-    monkeypatch.setattr(training, "can_compile", lambda device: False)
+    monkeypatch.setattr(training, "can_compile", lambda device, mode: False)
     assert chosen(10**9)[0] == "off"
     with pytest.raises(UserError, match=r"--compile default: torch.compile fails here, .*: use --compile off"):
         chosen(0, compile="default")
+
+
+def test_one_run_on_several_gpus_is_not_compiled(monkeypatch):
+    monkeypatch.setattr(training.data_parallel, "size", lambda: 2)
+    with pytest.raises(UserError, match="--compile default: one run on several GPUs is not compiled"):
+        Trainer(make_task("wrn"), torch.device("cuda"), 1, lr=0.1, momentum=0, weight_decay=0, compile="default")
 
 
 def test_each_run_of_a_process_is_compiled_once(monkeypatch):
@@ -250,7 +256,7 @@ def test_each_run_of_a_process_is_compiled_once(monkeypatch):
     an epoch's last batch, which is smaller, is not compiled for."""
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, backend, mode, **kwargs: real(model, backend="eager", **kwargs))
-    monkeypatch.setattr(training, "can_compile", lambda device: True)
+    monkeypatch.setattr(training, "can_compile", lambda device, mode: True)
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     inputs, targets = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
@@ -264,13 +270,13 @@ def test_each_run_of_a_process_is_compiled_once(monkeypatch):
 
 
 def test_a_compiler_that_fails_is_noticed_and_named(monkeypatch, capsys):
-    def fail(function):
+    def fail(function, **settings):
         raise RuntimeError("fatal error: Python.h: No such file or directory")
 
     can_compile.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(torch, "compile", fail)
-        assert not can_compile("cpu")
+        assert not can_compile("cpu", "default")
     assert "torch.compile fails here: fatal error: Python.h" in capsys.readouterr().err
     can_compile.cache_clear()
 
