@@ -9,7 +9,10 @@ import pytest
 import torch
 from conftest import ROOT
 
+import adopt
 from image_data import load_dataset
+from run_files import read_result
+from verify import TOLERANCE
 
 
 @pytest.mark.slow
@@ -43,3 +46,13 @@ def test_a_row_of_real_images_from_the_command_line(cifar100, tmp_path):
     line = f"best (epoch 1)          {result['best']['accuracy']:.2%}"
     assert line.split() in [printed.split()[:4] for printed in done.stdout.splitlines()]
     assert result["last"]["nll"] == pytest.approx(np.log(100), abs=1.5)
+
+
+@pytest.mark.slow
+def test_published_weights_that_are_adopted_have_their_numbers(cifar100, tmp_path):
+    folder = ROOT / "results/small/student_baseline/seed0"
+    here = dict(data_dir=cifar100, results_dir=tmp_path, wandb_mode="disabled")
+    adopt.main(adopt.Config(row=folder.parts[-2], weights=folder / "model.fp16.safetensors", protocol="small", **here))
+    theirs, ours = (read_result(path)["last"] for path in (folder, tmp_path / folder.relative_to(ROOT / "results")))
+    for metric, tolerance in TOLERANCE.items():
+        assert ours[metric] == pytest.approx(theirs[metric], abs=tolerance), metric
