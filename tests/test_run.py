@@ -391,11 +391,11 @@ def test_weights_that_half_precision_makes_worse_are_not_published(tmp_path, mon
     """One of 360 images is more than 0.05 points."""
     real = common.Run._save_half
 
-    def with_another_answer(run, trainer, probabilities):
+    def with_another_answer(run, model, probabilities):
         labels, other = run.data.test_labels, probabilities.clone()
         first = (other.argmax(1) == labels).nonzero()[0]
         other[first] = torch.eye(10)[(labels[first] + 1) % 10]
-        real(run, trainer, other)
+        real(run, model, other)
 
     monkeypatch.setattr(common.Run, "_save_half", with_another_answer)
     _, path = run_row("student_baseline", tmp_path)
@@ -404,6 +404,19 @@ def test_weights_that_half_precision_makes_worse_are_not_published(tmp_path, mon
     assert "last" not in load_probabilities(file)  # for they are those of `best`
     save_log_probabilities(path, {**arrays, "best": arrays["best"][::-1]})  # as of another epoch
     assert "last" in load_probabilities(file)  # which no weights make again
+
+
+def test_weights_beyond_half_precision_are_not_published(tmp_path, monkeypatch):
+    """They would be infinite, which changes no prediction but which no reader takes."""
+    real = common.Run._save_half
+
+    def with_a_large_variance(run, model, probabilities):
+        model.bn1.running_var[0] = 1e6
+        real(run, model, run.predict(model, run.data.test_images))
+
+    monkeypatch.setattr(common.Run, "_save_half", with_a_large_variance)
+    _, path = run_row("student_baseline", tmp_path)
+    assert not (path / HALF["model.safetensors"]).exists()
 
 
 def test_a_weight_under_two_names_is_kept_under_both(tmp_path):
