@@ -92,17 +92,20 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     """The state dict in a file, as timm finds it, without the prefixes that wrappers put before its names.
 
     Raises:
-        UserError: there is none, or it is among objects that only running the file's code would bring back.
+        UserError: there is none, it is not finite, or among objects that only running the file's code would bring back.
     """
     try:
-        return timm.models.load_state_dict(str(file))
+        state = timm.models.load_state_dict(str(file))
+        finite = all(tensor.isfinite().all() for tensor in state.values())
     except OSError:
         raise
     except Exception as error:  # torch, pickle and safetensors have many kinds
         reason = first_line(error)[:120]
-        raise UserError(
-            f"{file} has no weights that can be read safely ({reason}): save its state_dict alone"
-        ) from None
+        text = f"{file} has no weights that can be read safely ({reason}): save its state_dict alone"
+        raise UserError(text) from None
+    if not finite:
+        raise UserError(f"{file} has weights that are not finite: take those of an earlier epoch")
+    return state
 
 
 def main(cfg: Config) -> None:

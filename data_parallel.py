@@ -113,9 +113,7 @@ def share(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, float]:
     n = len(targets)
     start, end = (n * r // size() for r in (rank(), rank() + 1))
     weight = (end - start) * size() / n
-    if (
-        start == end
-    ):  # fewer images than processes: each takes part, with an image that counts for nothing but in batch norm on GPUs
+    if start == end:  # each has to take part, with an image that counts for nothing but in batch norm on GPUs
         start, end = 0, 1
     views = inputs.view(-1, n, *inputs.shape[1:])[:, start:end]
     return views.flatten(0, 1), targets[start:end], weight

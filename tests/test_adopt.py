@@ -89,6 +89,7 @@ WRONG = {
     "another network": (lambda w, file: torch.save({"fc.bias": w["fc.bias"]}, file), "does not fit wrn_40_2: Missing"),
     "a list": (lambda w, file: torch.save([1], file), "has no weights that can be read safely"),
     "a module": (lambda w, file: torch.save(torch.nn.ReLU(), file), r"read safely .*\): save its state_dict alone"),
+    "infinity": (lambda w, file: as_the_original({**w, "fc.bias": w["fc.bias"] / 0}, file), "that are not finite"),
     "no checkpoint": (lambda w, file: file.write_text("hello"), "has no weights that can be read safely"),
     "no file": (nothing, "is not a file with weights"),
     "kd_mixup": (as_the_original, "kd_mixup learns from teachers"),
