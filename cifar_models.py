@@ -126,7 +126,10 @@ class ShuffleUnit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = channel_shuffle(F.relu(self.bn1(self.conv1(x)), inplace=True), self.groups_in)
         y = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(y)), inplace=True)))
-        return F.relu(y + x if self.pool is None else torch.cat([y, self.pool(x)], 1), inplace=True)
+        if self.pool is None:
+            return F.relu(y + x, inplace=True)
+        # Not of the concatenation: its gradient's slice slows the batch norm before, and x is not negative as it is
+        return torch.cat([F.relu(y, inplace=True), self.pool(x)], 1)
 
 
 class ShuffleNetV1(CifarModel):

@@ -119,7 +119,7 @@ class TrainConfig(Config):
     weight_decay: NonNegative = 5e-4
     """L2 penalty"""
     compile: Compile = "auto"
-    """mode of torch.compile; auto compiles long runs, but not bf16 on a CPU or several processes"""
+    """mode of torch.compile; auto compiles long runs on a single GPU"""
 
 
 def resolve(cfg: Config) -> Config:

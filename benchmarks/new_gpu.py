@@ -10,7 +10,6 @@ deterministic (does --deterministic hold?). The code is the recipes' own; the te
 """
 
 import gc
-import math
 import sys
 import time
 import traceback
@@ -35,7 +34,7 @@ import common
 from cifar_models import CIFAR_STD
 from command_line import orderly_end, parse
 from run_files import UserError
-from training import AUTO_COMPILE, Trainer, autocast
+from training import AUTO_COMPILE, WORTH_COMPILING, Trainer, autocast
 
 TEACHERS = ("teacher_baseline", "teacher_mixup", "teacher_cutmix", "teacher_cutout", "teacher_augmix")
 KINDS = ("teacher_baseline", "teacher_augmix", "student_baseline", "kd_vanilla", "kd_ensemble_add_loss")
@@ -256,12 +255,12 @@ class Bench:
         seconds = self.seconds.get(compile, {})
         if missing := [row for row in ROWS["speed"] if row not in seconds]:
             return print(f"{'hours':13} not known, for want of {', '.join(missing)}")
-        mode, worth_it = AUTO_COMPILE.get((self.device.type, self.precision), ("off", math.inf))
         hours = []
         for name in ("quick", "short", "paper"):
             epochs = common.PROTOCOLS[name].epochs
             total = sum(COUNT.get(row, 1) * (first + epochs * epoch) for row, (first, epoch) in seconds.items())
-            auto = compile == (mode if epochs * 50_000 >= worth_it else "off")
+            pays = self.device.type == "cuda" and epochs * 50_000 >= WORTH_COMPILING
+            auto = compile == (AUTO_COMPILE if pays else "off")
             hours.append(f"{name} {total / 3600:.1f} h" + " (auto)" * auto)
         print(f"{'hours':13} {'all 14 rows':22} one after the other, compile {compile}: {', '.join(hours)}")
 
