@@ -74,7 +74,7 @@ class Trainer:
             precision = "bf16" if device.type == "cuda" and has_bf16("cuda") else "fp32"
         elif precision == "bf16" and not has_bf16(device.type):
             # Measured where torch and oneDNN were told not to use what the CPU has
-            how_slow = "on CPUs without AVX-512 7 to 13 times, on other CPUs up to 2.4; " * (device.type == "cpu")
+            how_slow = "on CPUs without AVX-512 8 to 13 times, on other CPUs up to 2.4; " * (device.type == "cpu")
             print(
                 f"warning: this {device.type} emulates bf16, so it is slower than fp32: {how_slow}--precision fp32 "
                 "makes a variant (docs/scaling.md)",
