@@ -128,7 +128,7 @@ class ShuffleUnit(nn.Module):
         y = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(y)), inplace=True)))
         if self.pool is None:
             return F.relu(y + x, inplace=True)
-        # Not of the concatenation: its gradient's slice slows the batch norm before, and x is not negative as it is
+        # Not a ReLU of both: batch norm is slow to take a slice of its gradient, and x, another ReLU's, needs none
         return torch.cat([F.relu(y, inplace=True), self.pool(x)], 1)
 
 

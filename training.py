@@ -29,11 +29,6 @@ with suppress(OSError, AttributeError):  # another C library
     for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
         ctypes.CDLL("libc.so.6").mallopt(parameter, 2**31 - 1)
 
-# `auto` compiles on a GPU, in runs of so many training images that the minutes of compilation are won back many times
-# over: into CUDA graphs, for the models' kernels are so short that launching them one by one takes longer. Not measured
-# yet. On a CPU it does not: compiled, ShuffleNetV1 trains at 0.9 of its speed on an EPYC core, in fp32 and in bf16.
-AUTO_COMPILE, WORTH_COMPILING = "reduce-overhead", 2_000_000
-
 
 class Trainer:
     """A task on its device with its optimiser, SGD.
@@ -81,8 +76,7 @@ class Trainer:
                 file=sys.stderr,
             )
         if compile == "auto":
-            pays = device.type == "cuda" and data_parallel.size() == 1 and images >= WORTH_COMPILING
-            compile = AUTO_COMPILE if pays and can_compile(device.type, AUTO_COMPILE) else "off"
+            compile = auto_compile(device.type, images)
         elif compile != "off" and data_parallel.size() > 1 and device.type == "cuda":
             raise UserError(f"--compile {compile}: one run on several GPUs is not compiled: use --compile off")
         elif compile != "off" and not can_compile(device.type, compile):
@@ -206,6 +200,15 @@ def has_bf16(device: str) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = torch.cpu.get_capabilities()  # the second is Arm's
     return torch.backends.mkldnn.is_available() and any(cpu.get(name, False) for name in ("avx512_bf16", "bf16"))
+
+
+def auto_compile(device: str, images: int) -> Compile:
+    """What `--compile auto` is for a run of so many training images: on a GPU, from so many on that the minutes of
+    compilation are won back many times over, CUDA graphs, for the models' kernels are so short that launching them one
+    by one takes longer. Not measured yet. Off on a CPU, for compiled, ShuffleNetV1 trains at 0.9 of its speed on an
+    EPYC core, in fp32 and in bf16; and for one run on several GPUs."""
+    pays = device == "cuda" and data_parallel.size() == 1 and images >= 2_000_000
+    return "reduce-overhead" if pays and can_compile(device, "reduce-overhead") else "off"
 
 
 @functools.cache

@@ -34,7 +34,7 @@ import common
 from cifar_models import CIFAR_STD
 from command_line import orderly_end, parse
 from run_files import UserError
-from training import AUTO_COMPILE, WORTH_COMPILING, Trainer, autocast
+from training import Trainer, auto_compile, autocast
 
 TEACHERS = ("teacher_baseline", "teacher_mixup", "teacher_cutmix", "teacher_cutout", "teacher_augmix")
 KINDS = ("teacher_baseline", "teacher_augmix", "student_baseline", "kd_vanilla", "kd_ensemble_add_loss")
@@ -77,7 +77,6 @@ class Bench:
         self.failed: list[str] = []
         torch._inductor.config.triton.cudagraph_or_error = True  # a graph that is only skipped would go unnoticed
         self.seconds: dict[str, dict[str, tuple[float, float]]] = {}  # by compile and row: to start, and an epoch
-        self.precision = "auto"  # and what that came to in these rows
 
     def answer(self, question: Question) -> None:
         if question == "compiled":
@@ -240,7 +239,6 @@ class Bench:
         rate = images_per_second(step, self.cfg.seconds, self.device)
         epoch, evaluation = 50_000 / rate, 10_000 / images_per_second(evaluate, self.cfg.seconds, self.device)
         self.seconds.setdefault(compile, {})[row] = first, epoch + evaluation
-        self.precision = trainer.precision
         memory = ""
         if self.device.type == "cuda":
             used, reserved = (f() / 2**30 for f in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved))
@@ -259,8 +257,7 @@ class Bench:
         for name in ("quick", "short", "paper"):
             epochs = common.PROTOCOLS[name].epochs
             total = sum(COUNT.get(row, 1) * (first + epochs * epoch) for row, (first, epoch) in seconds.items())
-            pays = self.device.type == "cuda" and epochs * 50_000 >= WORTH_COMPILING
-            auto = compile == (AUTO_COMPILE if pays else "off")
+            auto = compile == auto_compile(self.device.type, epochs * 50_000)
             hours.append(f"{name} {total / 3600:.1f} h" + " (auto)" * auto)
         print(f"{'hours':13} {'all 14 rows':22} one after the other, compile {compile}: {', '.join(hours)}")
 

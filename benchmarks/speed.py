@@ -4,8 +4,9 @@
 
 Ours is the recipes' own code: their `main` builds the objective and the augmentation, `common.Run` trains. The
 reference has worker processes with a PIL transform an image, float32, channels first, eager, SGD without fusing, and
-reads the loss at every step. Both are timed in turn, repeatedly; the ratio is that of their medians. Prints a table and
-writes `benchmarks/<hardware>.md`.
+reads the loss at every step. It trains the kit's networks in the same process, so what makes these or the process
+faster (their layout in code, glibc's heap) counts for both. Both are timed in turn, repeatedly; the ratio is that of
+their medians. Prints a table and writes `benchmarks/<hardware>.md`.
 """
 
 import dataclasses

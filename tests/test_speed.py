@@ -29,7 +29,7 @@ import common
 import training
 from augmentation import CutMix
 from run_files import UserError
-from training import Trainer, can_compile
+from training import Trainer, auto_compile, can_compile
 
 sys.path.insert(0, str(Path(common.__file__).parent / "benchmarks"))
 import new_gpu
@@ -271,17 +271,30 @@ def test_a_network_that_cannot_be_traced_teaches_as_it_is(ask):
     assert torch.equal(common.Teacher(model)(images), model.eval()(images))
 
 
-def test_auto_compiles_on_a_gpu_only(monkeypatch):
-    def chosen(images: int, **settings) -> tuple[str, str]:
-        trainer = Trainer(make_task("wrn"), torch.device("cpu"), images, lr=0.1, momentum=0, weight_decay=0, **settings)
+def test_auto_compiles_long_runs_on_a_single_gpu(monkeypatch):
+    graphs = "reduce-overhead"
+    monkeypatch.setattr(training, "can_compile", lambda device, mode: mode == graphs)
+    assert auto_compile("cuda", 2_000_000) == graphs and auto_compile("cuda", 1_999_999) == "off"
+    assert auto_compile("cpu", 10**9) == "off"
+    monkeypatch.setattr(training, "can_compile", lambda device, mode: False)
+    assert auto_compile("cuda", 10**9) == "off"
+    monkeypatch.setattr(training, "can_compile", lambda device, mode: True)
+    monkeypatch.setattr(training.data_parallel, "size", lambda: 2)
+    assert auto_compile("cuda", 10**9) == "off"
+
+
+def test_compile_is_what_was_asked_for(monkeypatch):
+    def chosen(**settings) -> tuple[str, str]:
+        hyper = dict(lr=0.1, momentum=0, weight_decay=0)
+        trainer = Trainer(make_task("wrn"), torch.device("cpu"), 10**9, **hyper, **settings)
         return trainer.compile, trainer.precision
 
     monkeypatch.setattr(training, "can_compile", lambda device, mode: True)
-    assert chosen(10**9) == ("off", "fp32")
-    assert chosen(0, compile="default", precision="bf16") == ("default", "bf16")
+    assert chosen() == ("off", "fp32") and chosen(precision="bf16") == ("off", "bf16")
+    assert chosen(compile="default", precision="bf16") == ("default", "bf16")
     monkeypatch.setattr(training, "can_compile", lambda device, mode: False)
     with pytest.raises(UserError, match=r"--compile default: torch.compile fails here, .*: use --compile off"):
-        chosen(0, compile="default")
+        chosen(compile="default")
 
 
 def test_one_run_on_several_gpus_is_not_compiled(monkeypatch):
@@ -438,8 +451,9 @@ def test_what_is_asked_of_a_new_gpu_is_answered(bench, monkeypatch, capsys):
     assert "again same bits, restored OTHER bits, filled same bits" in next(bench.deterministic("student_baseline"))
 
 
-def test_hours_are_those_of_all_rows_with_what_compiling_each_takes(bench, capsys):
-    bench.device, bench.precision = torch.device("cuda"), "bf16"
+def test_hours_are_those_of_all_rows_with_what_compiling_each_takes(bench, capsys, monkeypatch):
+    monkeypatch.setattr(training, "can_compile", lambda device, mode: True)
+    bench.device = torch.device("cuda")
     bench.seconds = {"off": {"kd_vanilla": (0.0, 2.0)}, "reduce-overhead": {"kd_vanilla": (720.0, 1.0)}}  # of five rows
     for compile in bench.seconds:
         bench.hours(compile)
