@@ -320,8 +320,10 @@ def reliability_diagram(metrics: CalibrationMetrics, title: str = ""):
     top.plot([0, 1], [0, 1], "--", color="0.3", linewidth=1)
     ece, oe = (f"{mean:.4f} ± {sd:.4f}" for mean, sd in by_chance)
     text = f"ECE {metrics.ece:.4f}, by chance {ece}\nOE {metrics.oe:.4f}, by chance {oe}"
-    whole = re.sub(" (?!--|epoch )", "\N{NO-BREAK SPACE}", title)  # a flag and its value stay together
-    lines = (line.replace("\N{NO-BREAK SPACE}", " ") for line in textwrap.wrap(whole, 38, break_on_hyphens=False))
+    whole = re.sub(" (?!--|epoch )", "\N{NO-BREAK SPACE}", title)  # a flag and its value stay together, if they can
+    pieces = textwrap.wrap(whole, 38, break_on_hyphens=False, break_long_words=False)
+    spaced = (piece.replace("\N{NO-BREAK SPACE}", " ") for piece in pieces)
+    lines = [line for piece in spaced for line in textwrap.wrap(piece, 38, break_on_hyphens=False)]
     top.set_title("\n".join([*lines, text]), fontsize="medium")
     top.set(xlim=(0, 1), ylim=(0, 1), ylabel="Accuracy")
     bottom.bar((np.arange(len(n)) + 0.5) * width, n / n.sum(), color="0.55", edgecolor="white", **bar)

@@ -163,10 +163,22 @@ def test_reliability_diagram_with_bins_that_do_not_merge():
     assert len(figure.axes[0].containers[0]) <= 15
 
 
-def test_a_long_title_stays_within_the_reliability_diagram():
-    metrics = calibration_metrics(*random_case(n=500))
-    figure = reliability_diagram(metrics, "kd_ensemble_avg_loss --lr 0.04 --weight-decay 0.0005" + 5 * " --alpha 0.2")
+@pytest.mark.parametrize(
+    ("title", "broken"),
+    [
+        (
+            "kd_ensemble_avg_loss --lr 0.04 --weight-decay 0.0005" + 5 * " --alpha 0.2",
+            "kd_ensemble_avg_loss --lr 0.04\n--weight-decay 0.0005 --alpha 0.2\n",
+        ),
+        (
+            "kd_vanilla --lr 0.08 --teacher results/small/teacher_baseline/seed0, epoch 37",
+            "kd_vanilla --lr 0.08\n--teacher\nresults/small/teacher_baseline/seed0,\nepoch 37\n",
+        ),
+    ],
+)
+def test_a_long_title_stays_within_the_reliability_diagram(title, broken):
+    figure = reliability_diagram(calibration_metrics(*random_case(n=500)), title)
     figure.draw_without_rendering()
     box = figure.axes[0].title.get_window_extent()
-    assert "kd_ensemble_avg_loss --lr 0.04\n--weight-decay 0.0005 --alpha 0.2\n" in figure.axes[0].get_title()
+    assert broken in figure.axes[0].get_title()
     assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
